@@ -1,0 +1,45 @@
+# Everything a newcomer needs. `make help` lists it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+
+.PHONY: help setup serve chat check test clean
+.DEFAULT_GOAL := help
+
+help:            ## list the targets
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(BIN)/dsv4: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "dsv4 needs Python >= 3.10; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on -e .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/dsv4
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.dev   ## make .venv with everything, tests included
+
+serve: $(BIN)/dsv4    ## serve v4-nano on http://127.0.0.1:8000 (HOST=, PORT=)
+	$(BIN)/dsv4 serve --host $(HOST) --port $(PORT)
+
+chat: $(BIN)/dsv4     ## talk to v4-nano in the terminal
+	$(BIN)/dsv4 chat
+
+check: $(VENV)/.dev   ## lint, types and the fast tests (two minutes)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test: $(VENV)/.dev    ## lint, types and every test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:           ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -1,0 +1,230 @@
+"""FP8, FP4 and E8M0: the number formats of V4 checkpoints and activations.
+
+Formats (report section 2; OCP microscaling): FP8 is E4M3 with one scale per 128 x 128 block of a
+weight or per 128 (64 in the KV cache) channels of an activation; FP4 is E2M1 with one scale per 32
+consecutive inputs, two codes a byte, the even input in the low nibble. Scales are powers of two:
+E8M0 (value ``2 ** (byte - 127)``) in instruct files, F32 in Base files.
+
+Rounding is to nearest, ties to even. Everything here is exact unless its name says ``round``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import FP4_BLOCK, FP8_BLOCK
+from .errors import CheckpointError
+
+FP8_MAX = 448.0
+FP4_MAX = 6.0
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; bit 3 is the sign
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+
+
+# ---------------------------------------------------------------- scales
+
+
+def ceil_pow2(x: Tensor) -> Tensor:
+    """The smallest power of two >= x, for positive finite float32 ``x``."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
+
+
+def _scale_for(amax: Tensor, largest: float, floor: float) -> Tensor:
+    return ceil_pow2(amax.clamp_min(floor) / largest).clamp_min(2.0**-126)
+
+
+# ---------------------------------------------------------------- activations
+
+
+def fp8_act(x: Tensor, block: int = FP8_BLOCK) -> tuple[Tensor, Tensor]:
+    """Quantise activations ``[..., K]`` to FP8 per ``block`` channels.
+
+    Returns codes (float8_e4m3fn, ``[..., K]``) and scales (float32, ``[..., K / block]``):
+    ``2 ** ceil(log2(amax / 448))`` with amax floored at 1e-4 (reference: act_quant).
+    """
+    blocks = x.float().unflatten(-1, (-1, block))
+    scale = _scale_for(blocks.abs().amax(-1), FP8_MAX, 1e-4)
+    codes = (blocks / scale.unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(E4M3)
+    return codes.flatten(-2), scale
+
+
+def fp8_round(x: Tensor, block: int = FP8_BLOCK) -> Tensor:
+    """``x`` as it looks after FP8 quantisation per ``block`` channels; the dtype stays."""
+    blocks = x.float().unflatten(-1, (-1, block))
+    scale = _scale_for(blocks.abs().amax(-1, keepdim=True), FP8_MAX, 1e-4)
+    return (round_e4m3(blocks / scale) * scale).flatten(-2).to(x.dtype)
+
+
+def fp4_round(x: Tensor, block: int = FP4_BLOCK) -> Tensor:
+    """``x`` as it looks after FP4 quantisation per ``block`` channels; the dtype stays."""
+    blocks = x.float().unflatten(-1, (-1, block))
+    scale = _scale_for(blocks.abs().amax(-1, keepdim=True), FP4_MAX, FP4_MAX * 2.0**-126)
+    return (_round_e2m1(blocks / scale) * scale).flatten(-2).to(x.dtype)
+
+
+def round_e4m3(y: Tensor) -> Tensor:
+    """Nearest E4M3 value of float32 ``y`` (clamped to +-448), as float32.
+
+    Adding and taking away ``1.5 * 2^23`` units in the last place rounds to nearest even in plain
+    float32 arithmetic, several times faster than a cast to float8 and back.
+    """
+    y = y.clamp(-FP8_MAX, FP8_MAX)
+    bits = y.view(torch.int32) & 0x7F800000  # 2 ** floor(log2 |y|)
+    ulp_magic = bits.view(torch.float32).clamp_min(2.0**-6) * (1.5 * 2.0**20)  # 3 mantissa bits
+    return (y + ulp_magic) - ulp_magic
+
+
+def _round_e2m1(y: Tensor) -> Tensor:
+    y = y.clamp(-FP4_MAX, FP4_MAX)
+    magnitude = y.abs()
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return torch.round(y / step) * step
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Normalised Walsh-Hadamard transform of the last axis (a power of two); the dtype stays."""
+    n = x.shape[-1]
+    return F.linear(x.float(), _hadamard_matrix(n)).to(x.dtype)
+
+
+@functools.cache
+def _hadamard_matrix(n: int) -> Tensor:
+    h = torch.ones(1, 1)
+    while h.shape[0] < n:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
+    return h * n**-0.5
+
+
+# ---------------------------------------------------------------- weights
+
+
+def quantize_fp8(weight: Tensor, scale_dtype: torch.dtype = E8M0) -> tuple[Tensor, Tensor]:
+    """``[N, K]`` float -> FP8 codes ``[N, K]`` and scales ``[ceil(N / 128), ceil(K / 128)]``."""
+    n, k = weight.shape
+    padded = F.pad(weight.float(), (0, -k % FP8_BLOCK, 0, -n % FP8_BLOCK))
+    blocks = padded.unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK))
+    scale = _scale_for(blocks.abs().amax((1, 3), keepdim=True), FP8_MAX, FP8_MAX * 2.0**-126)
+    codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).flatten(2).flatten(0, 1)[:n, :k]
+    return codes.to(E4M3), scale.squeeze(3).squeeze(1).to(scale_dtype)
+
+
+def quantize_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, K]`` float -> FP4 pairs ``[N, K / 2]`` (int8) and E8M0 scales ``[N, K / 32]``."""
+    blocks = weight.float().unflatten(-1, (-1, FP4_BLOCK))
+    scale = _scale_for(blocks.abs().amax(-1), FP4_MAX, FP4_MAX * 2.0**-126)
+    values = _round_e2m1(blocks / scale.unsqueeze(-1)).flatten(-2)
+    codes = torch.bucketize(values.abs(), torch.tensor(FP4_VALUES, device=values.device))
+    codes = codes.to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).view(torch.int8), scale.to(E8M0)
+
+
+def dequantize(
+    weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values of a stored weight ``[..., N, K]``, chosen by its dtype.
+
+    int8 is FP4 pairs with scales ``[..., N, K / 32]``; float8_e4m3fn has scales
+    ``[..., ceil(N / 128), ceil(K / 128)]``; floats pass through. Exact in float32, and in bfloat16
+    too: four significant bits times a power of two (the exponent range is the same).
+    """
+    if weight.dtype in (torch.int8, torch.uint8):
+        assert scale is not None
+        pairs = torch.index_select(
+            _fp4_pairs(dtype), 0, weight.reshape(-1).view(torch.uint8).int()
+        )
+        values = pairs.view(dtype).view(*weight.shape[:-1], -1, FP4_BLOCK)
+        return values.mul_(_float_scale(scale, dtype).unsqueeze(-1)).flatten(-2)
+    if weight.dtype == E4M3:
+        assert scale is not None
+        n, k = weight.shape[-2:]
+        if k % 2 or dtype != torch.bfloat16 or not weight.is_contiguous():
+            values = weight.to(dtype)
+        else:
+            pairs = torch.index_select(
+                _fp8_pairs(), 0, weight.reshape(-1).view(torch.uint16).int()
+            )
+            values = pairs.view(dtype).view(weight.shape)
+        factor = _float_scale(scale, dtype)
+        if n % FP8_BLOCK or k % FP8_BLOCK:
+            factor = factor.repeat_interleave(FP8_BLOCK, -2)[..., :n, :]
+            return values.mul_(factor.repeat_interleave(FP8_BLOCK, -1)[..., :k])
+        blocks = values.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
+        blocks.mul_(factor.unsqueeze(-2).unsqueeze(-1))
+        return values
+    return weight.to(dtype)
+
+
+def _float_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return scale.float().to(dtype)
+
+
+@functools.cache
+def _fp4_pairs(dtype: torch.dtype) -> Tensor:
+    """Byte -> its two values, packed in one integer as wide as two ``dtype`` numbers."""
+    values = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), dtype=dtype)
+    byte = torch.arange(256)
+    pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1)
+    return pairs.view(torch.int32 if dtype.itemsize == 2 else torch.int64).squeeze(-1)
+
+
+@functools.cache
+def _fp8_pairs() -> Tensor:
+    """Two FP8 bytes (as uint16, little endian) -> two bfloat16 numbers in one int32."""
+    values = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.bfloat16)
+    code = torch.arange(65536)
+    return torch.stack((values[code & 255], values[code >> 8]), -1).view(torch.int32).squeeze(-1)
+
+
+def fp4_to_fp8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """FP4 pairs with scales per 32 -> FP8 codes with E8M0 scales per 128 x 128, the same values.
+
+    The new scale is the block's largest sub-scale / 2^6, so the largest code is 6 * 64 = 384.
+    Exact while the sub-scales of a block differ by at most 2^14 (report section 2.2); otherwise
+    CheckpointError.
+    """
+    values = dequantize(weight, scale)
+    n, k = values.shape
+    sub = scale.float()
+    # zero codes need no precision, so only sub-scales that carry a value bind
+    used = (values.unflatten(-1, (-1, FP4_BLOCK)) != 0).any(-1)
+    per = FP8_BLOCK // FP4_BLOCK
+    live = F.pad(torch.where(used, sub, 0.0), (0, -sub.shape[1] % per, 0, -n % FP8_BLOCK))
+    top = live.unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, per)).amax((1, 3))
+    new = torch.where(top > 0, (top / 64.0).clamp_min(2.0**-127), 1.0)
+    full = new.repeat_interleave(FP8_BLOCK, 0)[:n].repeat_interleave(FP8_BLOCK, 1)[:, :k]
+    codes = (values / full).to(E4M3)
+    if not torch.equal(codes.float() * full, values):
+        raise CheckpointError(
+            "these FP4 weights have no exact FP8 form",
+            expected="sub-scales within 2^14 of each other in every 128 x 128 block",
+            got=f"largest / smallest = 2^{int((top.max() / sub[used].min()).log2())}",
+            hint="convert to bf16 instead",
+        )
+    return codes, new.to(E8M0)
+
+
+# ---------------------------------------------------------------- quantisation-aware training
+
+
+def fake_quant_weight(weight: Tensor, fmt: str) -> Tensor:
+    """``weight [..., N, K]`` as it will be stored (``fmt`` "fp4" or "fp8"), straight-through.
+
+    The gradient passes to the float master unchanged (report section 4).
+    """
+    with torch.no_grad():
+        if fmt == "fp4":
+            stored = fp4_round(weight)
+        else:
+            n, k = weight.shape[-2:]
+            blocks = weight.float().unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
+            amax = blocks.abs().amax((-3, -1), keepdim=True)
+            scale = _scale_for(amax, FP8_MAX, FP8_MAX * 2.0**-126)
+            stored = (round_e4m3(blocks / scale) * scale).flatten(-4, -3).flatten(-2)
+            stored = stored.view(*weight.shape[:-2], n, k).to(weight.dtype)
+        delta = stored - weight
+    return weight + delta
