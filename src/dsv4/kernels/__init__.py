@@ -1,0 +1,43 @@
+"""The kernel table: the functions that V4's arithmetic is made of.
+
+Each is defined by its torch reference (``reference.py``); a faster version takes its place in
+this table and must agree with it. Nothing here knows a configuration or a model.
+"""
+
+from .reference import (
+    Mix,
+    Stored,
+    attention,
+    grouped_linear,
+    hc_collapse,
+    hc_expand,
+    hc_logits,
+    hc_split,
+    head,
+    index_topk,
+    linear,
+    pool,
+    rms_norm,
+    rope,
+    routed_experts,
+    swiglu,
+)
+
+__all__ = [
+    "Mix",
+    "Stored",
+    "attention",
+    "grouped_linear",
+    "hc_collapse",
+    "hc_expand",
+    "hc_logits",
+    "hc_split",
+    "head",
+    "index_topk",
+    "linear",
+    "pool",
+    "rms_norm",
+    "rope",
+    "routed_experts",
+    "swiglu",
+]

@@ -1,0 +1,451 @@
+"""The torch reference of every kernel: what a faster version must compute.
+
+Pure functions of tensors and numbers; none sees a configuration or a model. All are
+differentiable where training needs a gradient. ``dtype`` is the matmul and activation type:
+bfloat16 in official numerics and in training, float32 for the structural truth.
+
+Letters in shapes: B sequences, T new tokens, H heads, D channels of a head, d hidden size,
+N rows (B * T flattened), S keys, R compressed rows, E experts, K experts per token, h streams.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quant import dequantize, fp8_round
+
+QUERY_BLOCK = 128  # queries handled together in attention and index scores
+
+
+@functools.cache
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type to multiply in so that products of ``dtype`` values are exact and fast here.
+
+    Products of bfloat16 values are exact in float32, so a CPU without bfloat16 instructions
+    multiplies in float32 and rounds once at the end.
+    """
+    return torch.float32 if dtype == torch.bfloat16 and not has_fast_bf16() else dtype
+
+
+# ---------------------------------------------------------------- linear, norm, rope
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x [..., K] @ weight[N, K].T`` with the weight as stored (FP4, FP8, BF16, F32).
+
+    Accumulates in float32 and rounds once to ``dtype``. ``x`` is taken as it is: rounding of
+    activations is ``quant.fp8_round``, done once for all the matrices that read ``x``.
+    """
+    mm = matmul_dtype(dtype)
+    return F.linear(x.to(mm), dequantize(weight, scale, mm)).to(dtype)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``x [..., G, K]`` times the G slices of ``weight [G * R, K]``: ``[..., G, R]``."""
+    mm = matmul_dtype(dtype)
+    groups = x.shape[-2]
+    w = dequantize(weight, scale, mm).unflatten(0, (groups, -1))
+    rows = x.to(mm).flatten(0, -3).transpose(0, 1)
+    return torch.bmm(rows, w.transpose(1, 2)).transpose(0, 1).to(dtype).view(*x.shape[:-1], -1)
+
+
+def head(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits ``[..., V]`` in float32; the weight is widened a slice at a time."""
+    if torch.is_grad_enabled() or x.shape[:-1].numel() > 64:
+        if dtype == torch.bfloat16 and torch.is_grad_enabled():
+            return F.linear(x.to(dtype), weight.to(dtype)).float()
+    x = x.float()
+    slices = weight.split(max(1, (1 << 22) // weight.shape[1]))
+    return torch.cat([F.linear(x, w.float()) for w in slices], -1)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last axis in float32, rounded to ``x``'s dtype."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight.float()).to(x.dtype)
+
+
+def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the last ``2 * rotation.shape[-1]`` channels of ``x``; interleaved pairs.
+
+    ``rotation`` is complex64 and broadcasts against ``x[..., :width / 2]``; ``inverse`` turns
+    the other way.
+    """
+    width = 2 * rotation.shape[-1]
+    plain, turned = x.split((x.shape[-1] - width, width), -1)
+    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
+    pairs = pairs * (rotation.conj() if inverse else rotation)
+    return torch.cat((plain, torch.view_as_real(pairs).flatten(-2).to(x.dtype)), -1)
+
+
+# ---------------------------------------------------------------- hyper-connections (mHC)
+
+
+class Mix(NamedTuple):
+    """What one mHC site decides for each token: ``pre [..., h]``, ``post [..., h]``,
+    ``comb [..., h, h]`` (doubly stochastic; old stream i goes into new stream j by ``[i, j]``)."""
+
+    pre: Tensor
+    post: Tensor
+    comb: Tensor
+
+
+def hc_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """Mixing logits ``[..., M]`` of ``streams [..., h, d]``: RMS-normalised, times ``fn``."""
+    flat = streams.flatten(-2).float()
+    scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    return F.linear(flat, fn.float()) * scale
+
+
+def hc_split(logits: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float) -> Mix:
+    """Mixing logits ``[..., (2 + h) h]`` -> Mix; ``comb`` by ``iters`` Sinkhorn rounds.
+
+    Source: report section 2.3 (the code's matrix is the report's, transposed): row softmax,
+    columns, then ``iters - 1`` times rows and columns.
+    """
+    h = int((1 + logits.shape[-1]) ** 0.5) - 1
+    factor = scale.repeat_interleave(torch.tensor([h, h, h * h], device=scale.device))
+    pre, post, comb = (logits * factor + base).split((h, h, h * h), -1)
+    comb = torch.softmax(comb.unflatten(-1, (h, h)), -1) + eps
+    return Mix(torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), sinkhorn(comb, iters, eps))
+
+
+def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
+    """Normalise columns, then ``iters - 1`` times rows and columns, of ``comb [..., h, h]``."""
+    if torch.is_grad_enabled() and comb.requires_grad:
+        out: Tensor = _Sinkhorn.apply(comb, iters, eps)  # type: ignore[no-untyped-call]
+        return out
+    m = comb.flatten(0, -3).permute(1, 2, 0).contiguous()  # [h, h, N]: long rows vectorise
+    for axis in _sinkhorn_axes(iters):
+        m /= m.sum(axis, keepdim=True).add_(eps)
+    return m.permute(2, 0, 1).reshape(comb.shape)
+
+
+def _sinkhorn_axes(iters: int) -> list[int]:
+    return [0, *(1, 0) * (iters - 1)]
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Sinkhorn with its exact backward: y = x / (s + eps) has dx = (dy - sum(dy y)) / (s + eps)."""
+
+    @staticmethod
+    def forward(ctx, comb, iters, eps):  # type: ignore[no-untyped-def]
+        m = comb.flatten(0, -3).permute(1, 2, 0).contiguous()
+        saved = []
+        for axis in _sinkhorn_axes(iters):
+            total = m.sum(axis, keepdim=True).add_(eps)
+            m = m / total
+            saved += [m, total]
+        ctx.save_for_backward(*saved)
+        ctx.iters, ctx.shape = iters, comb.shape
+        return m.permute(2, 0, 1).reshape(comb.shape)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        g = grad.flatten(0, -3).permute(1, 2, 0).contiguous()
+        saved = ctx.saved_tensors
+        for i, axis in reversed(list(enumerate(_sinkhorn_axes(ctx.iters)))):
+            m, total = saved[2 * i], saved[2 * i + 1]
+            g = (g - (g * m).sum(axis, keepdim=True)).div_(total)
+        return g.permute(2, 0, 1).reshape(ctx.shape), None, None
+
+
+def hc_collapse(streams: Tensor, pre: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weighted sum of the streams: ``[..., h, d]`` and ``[..., h]`` -> ``[..., d]``."""
+    return (pre.unsqueeze(-1) * streams.float()).sum(-2).to(dtype)
+
+
+def hc_expand(out: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+    """New streams: ``post_j * out + sum_i comb[i, j] * streams_i``; ``streams``' dtype."""
+    shape = streams.shape
+    old = streams.float().flatten(0, -3)
+    new = torch.baddbmm(
+        mix.post.flatten(0, -2).unsqueeze(-1) * out.float().flatten(0, -2).unsqueeze(-2),
+        mix.comb.flatten(0, -3).transpose(1, 2),
+        old,
+    )
+    return new.view(shape).to(streams.dtype)
+
+
+# ---------------------------------------------------------------- compressor and indexer
+
+
+def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:
+    """Pool raw compressor rows to one entry per block of ``ratio`` rows.
+
+    ``kv`` and ``gate``: float32 ``[B, n * ratio, D]``, or, with ``overlap``,
+    ``[B, (1 + n) * ratio, 2 D]`` whose first block is the one before (gate -inf where there is
+    none): its first D channels join the second D channels of the block itself.
+    Returns ``[B, n, D]``: per channel, a softmax over the rows weighs them.
+    """
+    kv, gate = kv.unflatten(1, (-1, ratio)), gate.unflatten(1, (-1, ratio))
+    if overlap:
+        dim = kv.shape[-1] // 2
+        kv = torch.cat((kv[:, :-1, :, :dim], kv[:, 1:, :, dim:]), 2)
+        gate = torch.cat((gate[:, :-1, :, :dim], gate[:, 1:, :, dim:]), 2)
+    return (kv * gate.softmax(2)).sum(2)
+
+
+def visible_rows(start: int, count: int, ratio: int, device: torch.device) -> Tensor:
+    """``[count]``: how many compressed rows the query at position ``start + i`` may see."""
+    return torch.arange(start + 1, start + count + 1, device=device) // ratio
+
+
+def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """Lightning indexer: ``sum_h w_h * relu(q_h . k)``; ``[B, T, S]`` in ``q``'s dtype.
+
+    ``q [B, T, H, D]``, ``keys [B, S, D]``, ``weights [B, T, H]``. In bfloat16 every step rounds
+    as the reference does (dot product, weighting, sum).
+    """
+    b, t, h, d = q.shape
+    dots = (q.reshape(b, t * h, d).float() @ keys.float().transpose(1, 2)).to(q.dtype)
+    return (dots.view(b, t, h, -1).relu_() * weights.unsqueeze(-1)).sum(2)
+
+
+def index_topk(
+    q: Tensor, keys: Tensor, weights: Tensor, start: int, ratio: int, k: int
+) -> Tensor:
+    """The ``k`` best rows for each query: int64 ``[B, T, k]``, -1 where fewer are visible."""
+    picked = []
+    for a in range(0, q.shape[1], QUERY_BLOCK):
+        block = slice(a, a + QUERY_BLOCK)
+        scores = index_scores(q[:, block], keys, weights[:, block])
+        seen = visible_rows(start + a, scores.shape[1], ratio, q.device)
+        hidden = torch.arange(keys.shape[1], device=q.device) >= seen[:, None]
+        best = scores.masked_fill_(hidden, -torch.inf).topk(k, -1)
+        picked.append(best.indices.masked_fill_(best.indices >= seen[:, None], -1))
+    return torch.cat(picked, 1)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention(
+    q: Tensor,
+    window: Tensor,
+    rows: Tensor | None,
+    chosen: Tensor | None,
+    sink: Tensor,
+    *,
+    start: int,
+    ratio: int,
+    width: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Attention of ``q [B, T, H, D]`` (positions ``start``...) over window and compressed rows.
+
+    ``window [B, P + T, D]``: the entries of the last P <= width - 1 earlier tokens and of the
+    new ones; a query sees the last ``width`` up to itself. ``rows [B, R, D]``: compressed
+    entries; a query at position t sees those ``< (t + 1) // ratio``, or, where ``chosen
+    [B, T, k]`` is given, the ones listed (-1: none). Keys are the values. One softmax over both,
+    with ``sink [H]`` (one logit per head) in the denominator only. Returns ``[B, T, H, D]``.
+    """
+    out = []
+    earlier = window.shape[1] - q.shape[1]
+    sparse = chosen is not None and rows is not None and rows.shape[1] > 4 * chosen.shape[2]
+    step = 16 if sparse else QUERY_BLOCK
+    for a in range(0, q.shape[1], step):
+        qs = q[:, a : a + step]
+        n = qs.shape[1]
+        first = max(0, a + earlier - width + 1)
+        near = window[:, first : a + n + earlier]
+        far = mask = None
+        if rows is not None:
+            count = (start + a + n) // ratio
+            if chosen is None or count <= chosen.shape[2]:
+                far = rows[:, :count]
+                if n > 1:
+                    seen = visible_rows(start + a, n, ratio, q.device)
+                    mask = torch.arange(count, device=q.device) >= seen[:, None]
+            elif n == 1 and q.shape[0] == 1:
+                far = rows[:, chosen[0, a]]  # more rows than k, so none is missing
+            elif sparse:
+                out.append(_gathered(qs, near, rows, chosen[:, a : a + n], sink,
+                                     a + earlier - first, width, scale, dtype))
+                continue
+            else:
+                far = rows[:, :count]
+                pick = chosen[:, a : a + n]
+                mask = torch.ones(*pick.shape[:2], count + 1, dtype=torch.bool, device=q.device)
+                mask = mask.scatter_(2, pick.where(pick >= 0, count), False)[..., :count]
+        hidden = None
+        if n > 1:
+            hidden = _outside_window(n, near.shape[1], a + earlier - first, width, q.device)
+        if far is not None:
+            keys = torch.cat((near, far), 1)
+            if hidden is not None and mask is not None:
+                hidden = torch.cat((hidden.expand(*mask.shape[:-1], -1), mask), -1)
+        else:
+            keys = near
+        out.append(_softmax_attention(qs, keys, hidden, sink, scale, dtype))
+    return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def _outside_window(
+    queries: int, keys: int, first: int, width: int, device: torch.device
+) -> Tensor:
+    """``[queries, keys]``: True where key j is not among the ``width`` up to ``first + i``."""
+    distance = torch.arange(first, first + queries, device=device)[:, None]
+    distance = distance - torch.arange(keys, device=device)
+    return (distance < 0) | (distance >= width)
+
+
+def _softmax_attention(
+    q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Queries ``[B, n, H, D]`` over ``keys [B, S, D]``; ``hidden [n, S]`` or ``[B, n, S]``.
+
+    A zero key stands for the sink: its score is the sink's logit, its value nothing.
+    """
+    b, n, h, d = q.shape
+    mm = dtype if torch.is_grad_enabled() else torch.float32  # scores stay float32 in inference
+    keys = F.pad(keys.to(mm), (0, 0, 1, 0))
+    bias = F.pad(sink.to(mm).unsqueeze(1), (0, keys.shape[1] - 1))  # [H, 1 + S]
+    if hidden is not None:
+        blocked = torch.zeros(hidden.shape, dtype=mm, device=q.device)
+        blocked = F.pad(blocked.masked_fill_(hidden, -torch.inf), (1, 0))
+        bias = (bias + blocked.unsqueeze(-2)).flatten(-3, -2)  # [(B,) n * H, 1 + S]
+    else:
+        bias = bias.repeat(n, 1)
+    scores = torch.baddbmm(
+        bias.expand(b, -1, -1), q.reshape(b, n * h, d).to(mm), keys.transpose(1, 2), alpha=scale
+    )
+    p = torch.softmax(scores, -1, dtype=torch.float32)
+    return (p.to(mm) @ keys).to(dtype).view(b, n, h, d)
+
+
+def _gathered(
+    q: Tensor,
+    near: Tensor,
+    rows: Tensor,
+    chosen: Tensor,
+    sink: Tensor,
+    first: int,
+    width: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Like ``_softmax_attention`` when few of many rows are chosen: each query has its own."""
+    b, n, h, _ = q.shape
+    mine = rows.gather(1, chosen.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2]))
+    mine = mine.view(b, n, -1, rows.shape[2]).float()
+    qf, near = q.float(), near.float()
+    outside = _outside_window(n, near.shape[1], first, width, q.device)
+    to_near = torch.einsum("bnhd,bsd->bnhs", qf, near) * scale
+    to_near = to_near.masked_fill(outside.unsqueeze(1), -torch.inf)
+    to_mine = torch.einsum("bnhd,bnsd->bnhs", qf, mine) * scale
+    to_mine = to_mine.masked_fill((chosen < 0).unsqueeze(2), -torch.inf)
+    none = sink.float()[:, None].expand(b, n, h, 1)
+    p = torch.softmax(torch.cat((none, to_near, to_mine), -1), -1)
+    _, p_near, p_mine = p.split((1, near.shape[1], mine.shape[2]), -1)
+    out = torch.einsum("bnhs,bsd->bnhd", p_near, near)
+    return (out + torch.einsum("bnhs,bnsd->bnhd", p_mine, mine)).to(dtype)
+
+
+# ---------------------------------------------------------------- experts
+
+
+class Stored(NamedTuple):
+    """One weight as stored: codes or floats, and its scales if it is quantised."""
+
+    weight: Tensor
+    scale: Tensor | None
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32."""
+    gate, up = gate.float(), up.float()
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
+def routed_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Sequence[Stored],
+    w2: Sequence[Stored],
+    w3: Sequence[Stored],
+    limit: float,
+    round_activations: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The routed experts of ``x [N, d]``: float32 ``[N, d]``.
+
+    ``ids [N, K]`` and ``weights [N, K]`` say which experts a row goes to; ``w1`` (gate), ``w3``
+    (up), ``w2`` (down) hold all E experts. A weight enters before the down projection, each used
+    expert is touched once. ``round_activations``: FP8 rounding before each quantised matmul.
+    """
+    mm = matmul_dtype(dtype)
+    if round_activations:
+        x = fp8_round(x)
+    if x.shape[0] == 1 and not torch.is_grad_enabled():
+        return _one_row(x, ids[0].tolist(), weights[0], w1, w2, w3, limit, round_activations, dtype)
+    k = ids.shape[1]
+    order = ids.flatten().argsort(stable=True)
+    counts = torch.bincount(ids.flatten(), minlength=len(w1)).tolist()
+    rows = order // k
+    xs = x.to(mm)[rows].split(counts)
+    ws = weights.flatten()[order].unsqueeze(1).split(counts)
+    parts = []
+    for e, n in enumerate(counts):
+        if n == 0:
+            continue
+        gate = F.linear(xs[e], dequantize(*w1[e], mm)).to(dtype)
+        up = F.linear(xs[e], dequantize(*w3[e], mm)).to(dtype)
+        act = (ws[e] * swiglu(gate, up, limit)).to(dtype)
+        if round_activations:
+            act = fp8_round(act)
+        parts.append(F.linear(act.to(mm), dequantize(*w2[e], mm)).to(dtype))
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    return out.index_add(0, rows, torch.cat(parts).float())
+
+
+def _one_row(
+    x: Tensor,
+    ids: list[int],
+    weights: Tensor,
+    w1: Sequence[Stored],
+    w2: Sequence[Stored],
+    w3: Sequence[Stored],
+    limit: float,
+    round_activations: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``routed_experts`` for a single row: the chosen experts as one batch of stored bytes."""
+    mm = matmul_dtype(dtype)
+
+    def batch(table: list[Stored]) -> Tensor:
+        scales = [s.scale for s in table if s.scale is not None]
+        packed = None if not scales else torch.stack([s.view(torch.uint8) if s.dtype.itemsize == 1
+                                                      else s for s in scales])
+        if packed is not None:
+            packed = packed.view(scales[0].dtype)
+        raw = [t.weight.view(torch.uint8) if t.weight.dtype.itemsize == 1 else t.weight for t in table]
+        return dequantize(torch.stack(raw).view(table[0].weight.dtype), packed, mm)
+
+    k = len(ids)
+    both = batch([w1[e] for e in ids] + [w3[e] for e in ids])
+    hidden = F.linear(x.to(mm), both.flatten(0, 1)).to(dtype).view(2, k, -1)
+    act = (weights.unsqueeze(1) * swiglu(hidden[0], hidden[1], limit)).to(dtype)
+    if round_activations:
+        act = fp8_round(act)
+    down = torch.bmm(batch([w2[e] for e in ids]), act.to(mm).unsqueeze(2)).squeeze(2).to(dtype)
+    return down.float().sum(0, keepdim=True)

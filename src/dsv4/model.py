@@ -1,0 +1,627 @@
+"""The whole DeepSeek-V4 network, once, for training and for serving. Read it top to bottom.
+
+What is unusual here, in the order it appears:
+  - two rotary tables: plain for window-only layers, YaRN for layers with a compressor;
+  - Compressor: a learned softmax pools 4 tokens (two overlapping streams) or 128 into one entry;
+  - Indexer: small FP4 queries and keys choose which entries of a CSA layer a token attends to;
+  - Attention: one 512-wide vector is key and value of all heads; window and compressed entries
+    share one softmax with a sink; the output is rotated back, then projected in groups;
+  - MoE: the first layers route by a table of token ids, the others by sqrt-softplus scores with a
+    bias that only selects;
+  - Block: the residual is four streams, mixed by doubly stochastic matrices (mHC);
+  - MTPBlock: one more block that predicts the token after the next.
+
+Module and parameter names are those of the official checkpoints. Parameters are made on the meta
+device; ``load_weights`` gives them the stored tensors (FP4, FP8, BF16, F32 as on disk), or
+``init_weights`` float32 masters for training. Sources: report sections 2.1-2.4 and the published
+inference code; letters in shapes as in ``kernels/reference.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels, quant
+from .config import V4Config
+from .errors import ConfigError
+from .kernels import Mix, Stored
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """A named choice of arithmetic.
+
+    ``dtype``: activations and matmuls. ``official``: the roundings of the published code (FP8
+    before quantised matmuls, FP8 KV entries, Hadamard + FP4 in the indexer, float32 compressor).
+    ``qat``: weights pass through their stored format with a straight-through gradient.
+    """
+
+    name: str
+    dtype: torch.dtype
+    official: bool = False
+    qat: bool = False
+
+
+OFFICIAL = Numerics("official", torch.bfloat16, official=True)
+FLOAT32 = Numerics("float32", torch.float32)
+TRAIN = Numerics("train", torch.bfloat16)
+TRAIN_QAT = Numerics("train-qat", torch.bfloat16, qat=True)
+NUMERICS = {n.name: n for n in (OFFICIAL, FLOAT32)}
+
+
+def numerics(name: str) -> Numerics:
+    """``"official"`` or ``"float32"``; ConfigError for anything else."""
+    if name not in NUMERICS:
+        raise ConfigError("no such numerics", expected=" or ".join(NUMERICS), got=name)
+    return NUMERICS[name]
+
+
+class AttentionState(Protocol):
+    """What one attention layer remembers of one timeline; ``engine.kvstate`` implements it."""
+
+    def window(self, kv: Tensor) -> Tensor:
+        """Append entries ``[B, T, D]``; return the last ``sliding_window - 1`` before, and them."""
+
+    def pending(self, which: str, raw: Tensor, ratio: int, overlap: bool) -> Tensor:
+        """Append raw compressor rows; return those that make up whole blocks now.
+
+        ``which`` is "kv" or "index". With ``overlap`` the block before comes first.
+        """
+
+    def rows(self, which: str, new: Tensor) -> Tensor:
+        """Append compressed rows; return all of them."""
+
+
+@dataclass
+class Pass:
+    """What all layers of one forward pass share."""
+
+    config: V4Config
+    nx: Numerics
+    ids: Tensor  # [B, T]
+    start: int  # position of the first new token
+    states: list[AttentionState] | None = None  # one per layer; None: no past, nothing kept
+    balance: list[tuple[Tensor, Tensor]] | None = None  # training: (scores, ids) of each router
+    _rotations: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
+
+    def rotation(self, compressed: bool, start: int, count: int, step: int = 1) -> Tensor:
+        """Unit complex numbers ``[count, rope / 2]`` for positions start, start + step, ..."""
+        key = (compressed, start, count, step)
+        if key not in self._rotations:
+            freqs = rotary_frequencies(self.config, compressed).to(self.ids.device)
+            positions = torch.arange(count, device=self.ids.device) * step + start
+            angles = torch.outer(positions.float(), freqs)
+            self._rotations[key] = torch.polar(torch.ones_like(angles), angles)
+        return self._rotations[key]
+
+
+@functools.lru_cache(maxsize=32)
+def _frequencies(
+    dim: int, theta: float, factor: float, original: int, fast: float, slow: float
+) -> Tensor:
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if factor == 1:
+        return freqs
+
+    def channel(turns: float) -> float:  # the channel that turns so often in `original` positions
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(channel(fast)), 0)
+    high = min(math.ceil(channel(slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0, 1)
+    return freqs / factor * (1 - keep) + freqs * keep
+
+
+def rotary_frequencies(config: V4Config, compressed: bool) -> Tensor:
+    """Angles per position, ``[rope / 2]``: YaRN with its own theta where there is a compressor."""
+    if not compressed:
+        return _frequencies(config.qk_rope_head_dim, config.rope_theta, 1.0, 0, 0.0, 0.0)
+    s = config.rope_scaling
+    return _frequencies(
+        config.qk_rope_head_dim,
+        config.compress_rope_theta,
+        float(s.factor),
+        s.original_max_position_embeddings,
+        float(s.beta_fast),
+        float(s.beta_slow),
+    )
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, device="meta"), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """A weight ``[N, K]`` in its stored format, with its block scales if it has any."""
+
+    scale: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int, fmt: str = "bf16") -> None:
+        super().__init__()
+        self.fmt = fmt  # "fp4", "fp8": the format it is stored in when the model is quantised
+        self.weight = _parameter(outputs, inputs)
+        self.register_parameter("scale", None)
+
+    def stored(self, nx: Numerics) -> Stored:
+        """The weight as the kernels take it."""
+        if nx.qat and self.fmt != "bf16":
+            return Stored(quant.fake_quant_weight(self.weight, self.fmt), None)
+        return Stored(self.weight, self.scale)
+
+    def rounded(self, x: Tensor, nx: Numerics) -> Tensor:
+        """``x`` as this weight's matmul reads it: FP8 in official numerics."""
+        return quant.fp8_round(x) if nx.official and self.scale is not None else x
+
+    def forward(self, x: Tensor, nx: Numerics) -> Tensor:
+        return kernels.linear(x, *self.stored(nx), nx.dtype)
+
+
+class Norm(nn.Module):
+    """RMSNorm with a learned weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = _parameter(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """A table ``[V, d]``."""
+
+    def __init__(self, vocab: int, dim: int) -> None:
+        super().__init__()
+        self.weight = _parameter(vocab, dim)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return nn.functional.embedding(ids, self.weight).to(dtype)
+
+
+# ---------------------------------------------------------------- attention
+
+
+class Compressor(nn.Module):
+    """Pools every ``ratio`` tokens into one entry; overlapping blocks when the ratio is 4."""
+
+    def __init__(self, c: V4Config, ratio: int, dim: int, rotate: bool) -> None:
+        super().__init__()
+        self.ratio, self.dim, self.rotate = ratio, dim, rotate
+        self.overlap = ratio == 4
+        width = dim * (1 + self.overlap)
+        self.wkv = Linear(c.hidden_size, width)
+        self.wgate = Linear(c.hidden_size, width)
+        self.ape = _parameter(ratio, width)
+        self.norm = Norm(dim, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
+        """All entries ``[B, R, dim]`` after the tokens ``x [B, T, d]``."""
+        nx, ratio = run.nx, self.ratio
+        high = replace_dtype(nx, torch.float32) if nx.official else nx
+        kv = self.wkv(x, high).float()
+        phase = (torch.arange(x.shape[1], device=x.device) + run.start) % ratio
+        gate = self.wgate(x, high).float() + self.ape.float()[phase]
+        which = "index" if self.rotate else "kv"
+        raw = torch.cat((kv, gate), -1)
+        if state is not None:
+            raw = state.pending(which, raw, ratio, self.overlap)
+        else:
+            raw = raw[:, : raw.shape[1] // ratio * ratio]
+            if self.overlap:
+                raw = torch.cat((no_block_before(raw, ratio), raw), 1)
+        blocks = raw.shape[1] // ratio - self.overlap
+        if blocks > 0:
+            kv, gate = raw.chunk(2, -1)
+            entries = self.norm(kernels.pool(kv, gate, ratio, self.overlap).to(nx.dtype))
+            first = run.start // ratio * ratio
+            entries = kernels.rope(entries, run.rotation(True, first, blocks, ratio))
+            entries = fp4_rotated(entries, nx) if self.rotate else kv_rounded(entries, run)
+        else:
+            entries = x.new_zeros(x.shape[0], 0, self.dim, dtype=nx.dtype)
+        return entries if state is None else state.rows(which, entries)
+
+
+def replace_dtype(nx: Numerics, dtype: torch.dtype) -> Numerics:
+    """The same numerics with another matmul type."""
+    return Numerics(nx.name, dtype, nx.official, nx.qat)
+
+
+def no_block_before(raw: Tensor, ratio: int) -> Tensor:
+    """The block before the first one: values 0, gates -inf. ``raw [B, T, 2 width]``."""
+    zero = raw.new_zeros(raw.shape[0], ratio, raw.shape[2] // 2)
+    return torch.cat((zero, torch.full_like(zero, -torch.inf)), -1)
+
+
+def kv_rounded(entries: Tensor, run: Pass) -> Tensor:
+    """A KV entry as the cache holds it: FP8 per 64 channels, the rotated ones in BF16."""
+    if not run.nx.official:
+        return entries
+    plain = entries.shape[-1] - run.config.qk_rope_head_dim
+    return torch.cat((quant.fp8_round(entries[..., :plain], 64), entries[..., plain:]), -1)
+
+
+def fp4_rotated(x: Tensor, nx: Numerics) -> Tensor:
+    """Indexer queries and keys: Hadamard rotation, then FP4. It leaves dot products alone but
+    for the rounding, so float32 numerics skip it."""
+    return quant.fp4_round(quant.hadamard(x)) if nx.official else x
+
+
+class Indexer(nn.Module):
+    """Chooses the ``index_topk`` compressed entries that each token of a CSA layer attends to."""
+
+    def __init__(self, c: V4Config) -> None:
+        super().__init__()
+        self.heads, self.dim, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
+        self.wq_b = Linear(c.q_lora_rank, self.heads * self.dim, "fp8")
+        self.weights_proj = Linear(c.hidden_size, self.heads)
+        self.compressor = Compressor(c, 4, self.dim, rotate=True)
+
+    def forward(
+        self, x: Tensor, q_latent: Tensor, run: Pass, state: AttentionState | None
+    ) -> Tensor | None:
+        """Entries to attend to, ``[B, T, k]``; None while all visible ones fit in the top-k."""
+        keys = self.compressor(x, run, state)
+        if keys.shape[1] <= self.topk:
+            return None
+        q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
+        turn = run.rotation(True, run.start, x.shape[1]).unsqueeze(1)
+        q = fp4_rotated(kernels.rope(q, turn), run.nx)
+        weights = self.weights_proj(x, run.nx) * (self.dim**-0.5 * self.heads**-0.5)
+        return kernels.index_topk(q, keys, weights, run.start, 4, self.topk)
+
+
+class Attention(nn.Module):
+    """Window + compressed attention. ``ratio`` 0: window only; 4: CSA; more: HCA."""
+
+    compressor: Compressor | None
+    indexer: Indexer | None
+
+    def __init__(self, c: V4Config, ratio: int) -> None:
+        super().__init__()
+        self.c, self.ratio = c, ratio
+        heads = c.num_attention_heads * c.head_dim
+        self.wq_a = Linear(c.hidden_size, c.q_lora_rank, "fp8")
+        self.q_norm = Norm(c.q_lora_rank, c.rms_norm_eps)
+        self.wq_b = Linear(c.q_lora_rank, heads, "fp8")
+        self.wkv = Linear(c.hidden_size, c.head_dim, "fp8")
+        self.kv_norm = Norm(c.head_dim, c.rms_norm_eps)
+        self.wo_a = Linear(heads // c.o_groups, c.o_groups * c.o_lora_rank, "fp8")
+        self.wo_b = Linear(c.o_groups * c.o_lora_rank, c.hidden_size, "fp8")
+        self.attn_sink = _parameter(c.num_attention_heads)
+        self.compressor = Compressor(c, ratio, c.head_dim, rotate=False) if ratio else None
+        self.indexer = Indexer(c) if ratio == 4 else None
+
+    def forward(self, x: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
+        c, nx = self.c, run.nx
+        turn = run.rotation(self.ratio > 0, run.start, x.shape[1])
+        xr = self.wq_a.rounded(x, nx)
+        latent = self.q_norm(self.wq_a(xr, nx))
+        latent_r = self.wq_b.rounded(latent, nx)
+        q = self.wq_b(latent_r, nx).unflatten(-1, (c.num_attention_heads, c.head_dim))
+        q = kernels.rope(kernels.rms_norm(q, None, c.rms_norm_eps), turn.unsqueeze(1))
+        kv = kv_rounded(kernels.rope(self.kv_norm(self.wkv(xr, nx)), turn), run)
+        window = kv if state is None else state.window(kv)
+        chosen = rows = None
+        if self.indexer is not None:
+            chosen = self.indexer(x, latent_r, run, state)
+        if self.compressor is not None:
+            rows = self.compressor(x, run, state)
+        out = kernels.attention(
+            q,
+            window,
+            rows,
+            chosen,
+            self.attn_sink,
+            start=run.start,
+            ratio=self.ratio,
+            width=c.sliding_window,
+            scale=c.head_dim**-0.5,
+            dtype=nx.dtype,
+        )
+        out = kernels.rope(out, turn.unsqueeze(1), inverse=True)
+        grouped = kernels.grouped_linear(
+            out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
+        ).flatten(-2)
+        return self.wo_b(self.wo_b.rounded(grouped, nx), nx)
+
+
+# ---------------------------------------------------------------- experts
+
+
+class Gate(nn.Module):
+    """The router: which experts, with what weights."""
+
+    bias: Tensor | None
+    tid2eid: Tensor | None
+
+    def __init__(self, c: V4Config, hashed: bool) -> None:
+        super().__init__()
+        self.c = c
+        self.weight = _parameter(c.n_routed_experts, c.hidden_size)
+        self.register_parameter("bias", None if hashed else _parameter(c.n_routed_experts))
+        table = None
+        if hashed:
+            shape = (c.vocab_size, c.num_experts_per_tok)
+            table = nn.Parameter(
+                torch.empty(shape, dtype=torch.int64, device="meta"), requires_grad=False
+            )
+        self.register_parameter("tid2eid", table)
+
+    def forward(self, x: Tensor, ids: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+        """Experts ``[N, K]`` and weights ``[N, K]`` (float32) of rows ``x [N, d]``."""
+        scores = nn.functional.linear(x.float(), self.weight.float())
+        scores = nn.functional.softplus(scores).sqrt()
+        if self.tid2eid is not None:
+            chosen = self.tid2eid[ids]
+        else:
+            assert self.bias is not None
+            chosen = (scores.detach() + self.bias).topk(self.c.num_experts_per_tok, -1).indices
+            if run.balance is not None:
+                run.balance.append((scores, chosen))
+        weights = scores.gather(-1, chosen)
+        if self.c.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights * self.c.routed_scaling_factor
+
+
+class Expert(nn.Module):
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)`` with clamped inputs."""
+
+    def __init__(self, c: V4Config, width: int, fmt: str) -> None:
+        super().__init__()
+        self.limit = c.swiglu_limit
+        self.w1 = Linear(c.hidden_size, width, fmt)
+        self.w2 = Linear(width, c.hidden_size, fmt)
+        self.w3 = Linear(c.hidden_size, width, fmt)
+
+    def forward(self, x: Tensor, nx: Numerics) -> Tensor:
+        xr = self.w1.rounded(x, nx)
+        act = kernels.swiglu(self.w1(xr, nx), self.w3(xr, nx), self.limit).to(nx.dtype)
+        return self.w2(self.w2.rounded(act, nx), nx)
+
+
+class MoE(nn.Module):
+    """Routed experts and the shared one, summed in float32."""
+
+    def __init__(self, c: V4Config, hashed: bool) -> None:
+        super().__init__()
+        self.limit = c.swiglu_limit
+        self.gate = Gate(c, hashed)
+        fmt = c.expert_dtype
+        self.experts = nn.ModuleList(
+            Expert(c, c.moe_intermediate_size, fmt) for _ in range(c.n_routed_experts)
+        )
+        width = c.moe_intermediate_size * c.n_shared_experts
+        self.shared_experts = Expert(c, width, "fp8")
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        flat = x.flatten(0, 1)
+        ids, weights = self.gate(flat, run.ids.flatten(), run)
+        tables = []
+        for name in ("w1", "w2", "w3"):
+            tables.append([getattr(e, name).stored(run.nx) for e in self.experts])
+        quantised = run.nx.official and tables[0][0].scale is not None
+        y = kernels.routed_experts(
+            flat, ids, weights, *tables, self.limit, quantised, run.nx.dtype
+        )
+        y = y + self.shared_experts(flat, run.nx).float()
+        return y.to(run.nx.dtype).view_as(x)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+class Block(nn.Module):
+    """Attention and MoE, each reading a mix of the streams and writing back into them."""
+
+    def __init__(self, c: V4Config, ratio: int, hashed: bool) -> None:
+        super().__init__()
+        self.c = c
+        self.attn_norm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.attn = Attention(c, ratio)
+        self.ffn_norm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.ffn = MoE(c, hashed)
+        h = c.hc_mult
+        mixes = (2 + h) * h
+        for site in ("attn", "ffn"):
+            self.register_parameter(f"hc_{site}_fn", _parameter(mixes, h * c.hidden_size))
+            self.register_parameter(f"hc_{site}_base", _parameter(mixes))
+            self.register_parameter(f"hc_{site}_scale", _parameter(3))
+
+    def mix(self, streams: Tensor, site: str) -> Mix:
+        c = self.c
+        fn, base, scale = (getattr(self, f"hc_{site}_{p}") for p in ("fn", "base", "scale"))
+        logits = kernels.hc_logits(streams, fn, c.rms_norm_eps)
+        return kernels.hc_split(logits, scale, base, c.hc_sinkhorn_iters, c.hc_eps)
+
+    def forward(self, streams: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
+        """Streams ``[B, T, h, d]`` -> the same."""
+        mix = self.mix(streams, "attn")
+        x = kernels.hc_collapse(streams, mix.pre, run.nx.dtype)
+        streams = kernels.hc_expand(self.attn(self.attn_norm(x), run, state), streams, mix)
+        mix = self.mix(streams, "ffn")
+        x = kernels.hc_collapse(streams, mix.pre, run.nx.dtype)
+        return kernels.hc_expand(self.ffn(self.ffn_norm(x), run), streams, mix)
+
+
+class Head(nn.Module):
+    """The output matrix ``[V, d]``."""
+
+    def __init__(self, vocab: int, dim: int) -> None:
+        super().__init__()
+        self.weight = _parameter(vocab, dim)
+
+
+class _Collapsing(nn.Module):
+    """Streams -> logits: a learned weighting of the streams, the final norm, the head."""
+
+    def make_collapse(self, c: V4Config) -> None:
+        self.norm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.hc_head_fn = _parameter(c.hc_mult, c.hc_mult * c.hidden_size)
+        self.hc_head_base = _parameter(c.hc_mult)
+        self.hc_head_scale = _parameter(1)
+
+    def collapse(self, streams: Tensor, run: Pass, head: Head) -> Tensor:
+        """Float32 logits ``[..., V]`` of ``streams [..., h, d]``."""
+        logits = kernels.hc_logits(streams, self.hc_head_fn, run.config.rms_norm_eps)
+        pre = torch.sigmoid(logits * self.hc_head_scale + self.hc_head_base) + run.config.hc_eps
+        x = self.norm(kernels.hc_collapse(streams, pre, run.nx.dtype))
+        return kernels.head(x, head.weight, run.nx.dtype)
+
+
+class MTPEmbedding(nn.Module):
+    """A Base checkpoint's own embedding of the MTP block."""
+
+    def __init__(self, c: V4Config) -> None:
+        super().__init__()
+        self.tok_emb = Embedding(c.vocab_size, c.hidden_size)
+
+
+class MTPBlock(Block, _Collapsing):
+    """Predicts token i + 2 from the trunk's streams at i and the embedding of token i + 1."""
+
+    def __init__(self, c: V4Config) -> None:
+        super().__init__(c, ratio=0, hashed=False)
+        self.e_proj = Linear(c.hidden_size, c.hidden_size, "fp8")
+        self.h_proj = Linear(c.hidden_size, c.hidden_size, "fp8")
+        self.enorm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.hnorm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.make_collapse(c)
+        self.emb = MTPEmbedding(c) if c.is_base else None
+        self.head = Head(c.vocab_size, c.hidden_size) if c.is_base else None
+
+    def predict(
+        self, streams: Tensor, run: Pass, embed: Embedding, head: Head, state: AttentionState | None
+    ) -> Tensor:
+        """Logits ``[B, T, V]``; ``run.ids`` are the tokens after those that made ``streams``."""
+        nx = run.nx
+        table = embed if self.emb is None else self.emb.tok_emb
+        e = self.enorm(table(run.ids, nx.dtype))
+        h = self.hnorm(streams)
+        e = self.e_proj(self.e_proj.rounded(e, nx), nx).unsqueeze(-2)
+        mixed = e + self.h_proj(self.h_proj.rounded(h, nx), nx)
+        return self.collapse(self(mixed, run, state), run, head if self.head is None else self.head)
+
+
+class Transformer(_Collapsing):
+    """The V4 network. Made without memory (meta device) until weights are given to it."""
+
+    def __init__(self, config: V4Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, config.compress_ratios[i], hashed=i < config.num_hash_layers)
+            for i in range(config.num_hidden_layers)
+        )
+        self.head = Head(config.vocab_size, config.hidden_size)
+        self.make_collapse(config)
+        self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.mtp_layers))
+
+    # ------------------------------------------------------------ forward
+
+    def start(
+        self,
+        ids: Tensor,
+        nx: Numerics,
+        start: int = 0,
+        states: list[AttentionState] | None = None,
+    ) -> Pass:
+        """What a forward pass over ``ids [B, T]`` from position ``start`` on needs."""
+        return Pass(self.config, nx, ids, start, states)
+
+    def trunk(self, run: Pass, keep: list[Tensor] | None = None) -> Tensor:
+        """Streams ``[B, T, h, d]`` after the last block; ``keep`` collects those after each."""
+        streams = self.embed(run.ids, run.nx.dtype).unsqueeze(2)
+        streams = streams.expand(-1, -1, self.config.hc_mult, -1)
+        for i, layer in enumerate(self.layers):
+            streams = layer(streams, run, None if run.states is None else run.states[i])
+            if keep is not None:
+                keep.append(streams)
+        return streams
+
+    def logits(self, streams: Tensor, run: Pass) -> Tensor:
+        """Next-token logits ``[..., V]`` (float32) of the trunk's streams."""
+        return self.collapse(streams, run, self.head)
+
+    def mtp_logits(self, streams: Tensor, run: Pass) -> Tensor:
+        """Logits ``[B, T - 1, V]`` of the token after the next; ``run`` made the ``streams``."""
+        if not self.mtp:
+            raise ConfigError("this model has no MTP block", expected="num_nextn_predict_layers 1",
+                              got=0)
+        after = Pass(self.config, run.nx, run.ids[:, 1:], run.start, None, run.balance)
+        block = self.mtp[0]
+        assert isinstance(block, MTPBlock)
+        return block.predict(streams[:, :-1], after, self.embed, self.head, None)
+
+    def forward(self, ids: Tensor, nx: Numerics = FLOAT32) -> Tensor:
+        """Logits ``[B, T, V]`` of whole sequences ``ids [B, T]``."""
+        run = self.start(ids, nx)
+        return self.logits(self.trunk(run), run)
+
+    # ------------------------------------------------------------ weights
+
+    def load_weights(self, names: Iterable[str], tensor: Callable[[str], Tensor]) -> None:
+        """Take stored tensors by their checkpoint names; no copy is made.
+
+        The caller has checked names, shapes and dtypes (``checkpoint.Checkpoint.open``).
+        """
+        modules = dict(self.named_modules())
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensor(name), requires_grad=False)
+            setattr(modules[owner], leaf, parameter)
+
+    def init_weights(self, seed: int = 0, std: float = 0.006) -> None:
+        """Float32 masters for training, ready to learn; ``seed`` decides everything.
+
+        Matrices normal with ``std`` (0.006 by V3's inheritance; small models want about
+        ``hidden ** -0.5``), norms one, biases and sinks zero. mHC starts as a plain residual:
+        streams read evenly, written with weight one, and hardly mixed.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        h = self.config.hc_mult
+        for name, parameter in list(self.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            shape = parameter.shape
+            value = torch.zeros(shape)
+            if leaf == "tid2eid":
+                value = hash_routing(self.config)
+            elif leaf.endswith("_scale"):
+                value.fill_(0.01)
+            elif leaf.endswith("hc_head_base"):
+                value.fill_(-math.log(h - 1))
+            elif leaf.endswith("_base"):
+                value[:h] = -math.log(h - 1) if h > 1 else 4.0
+                value[2 * h :] = (4 * torch.eye(h)).flatten()
+            elif isinstance(module, Norm):
+                value.fill_(1.0)
+            elif parameter.dim() == 2 and leaf != "ape":
+                value.normal_(0, std, generator=generator)
+            trainable = leaf not in ("tid2eid", "bias")
+            setattr(module, leaf, nn.Parameter(value, requires_grad=trainable))
+
+
+def hash_routing(config: V4Config) -> Tensor:
+    """A frozen table token id -> experts ``[V, K]`` (int64), distinct in a row and balanced."""
+    token = torch.arange(config.vocab_size)[:, None]
+    experts, k = config.n_routed_experts, config.num_experts_per_tok
+    generator = torch.Generator().manual_seed(0x5EED)
+    order = torch.randperm(experts, generator=generator)
+    stride = 1 + torch.randint(experts, (config.vocab_size, 1), generator=generator) % max(
+        1, (experts - 1) // max(1, k - 1)
+    )
+    return order[(token + torch.arange(k) * stride) % experts]
