@@ -1,0 +1,1 @@
+"""Training: generated data, optimizers, losses, the loop and its recipes."""
