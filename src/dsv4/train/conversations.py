@@ -307,6 +307,7 @@ _ASK = (
     "Question: What is the {k}?",
     "Please tell me the {k}.",
 )
+_SAY = ("The {f}",) * 12 + ("Remember: the {f}", "Note that the {f}", "It is known that the {f}")
 _BEFORE = (
     "",
     "Read the text and answer the question.",
@@ -320,6 +321,14 @@ _PIECE = re.compile(r" (?=\d)|\d|[^\W\d]+|[^\w\s]")
 def count_pieces(text: str) -> int:
     """Words, digits and marks in a text: its tokens, if the vocabulary knows every word."""
     return len(_PIECE.findall(text))
+
+
+_SYLLABLES = "ka lo mi ra te no vi su da pe ri mo la ne to".split()
+
+
+def _nonsense(rng: Random) -> str:
+    """A word the model has hardly seen, so that it learns to copy and to ignore any word."""
+    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3)))
 
 
 def _a(noun: str) -> str:
@@ -347,7 +356,7 @@ def _filler(rng: Random) -> str:
         return f"In {c(MONTHS)} the {one} and the {two} {c(VERBS)} by the {c(PLACES)}."
     if kind == 7:
         return f"{c(NAMES)} is a {c(JOBS)} and lives near the {c(PLACES)}."
-    return f"There is a {c(OBJECTS)} on the {c(ADJECTIVES)} {c(OBJECTS)}."
+    return f"There is {_a(c(OBJECTS))} on the {c(ADJECTIVES)} {c(OBJECTS)}."
 
 
 def _fact(rng: Random, split: Split, attribute: str | None, alone: bool) -> tuple[str, str, str]:
@@ -366,6 +375,13 @@ def _fact(rng: Random, split: Split, attribute: str | None, alone: bool) -> tupl
         return (name if alone else f"{name} of {owner}"), value, owner
 
     return _draw(split, sample, lambda f: ("fact", f[2], f[1]))
+
+
+def _ask(rng: Random, what: str) -> str:
+    attribute, _, owner = what.partition(" of ")
+    if owner in NAMES and rng.random() < 0.1:
+        return f"What is {owner}'s {attribute}?"
+    return rng.choice(_ASK).format(k=what)
 
 
 def recall(
@@ -401,22 +417,28 @@ def recall(
             known[what] = value
             facts.append(("fact", owner, value))
     sentences = {what: f"The {what} is {value}." for what, value in known.items()}
+    said = [rng.choice(_SAY).format(f=sentence[4:]) for sentence in sentences.values()]
     asked = rng.sample(list(known), min(keys, 1 if thinking else rng.randint(1, 5)))
-    question, before = rng.choice(_ASK).format(k=asked[0]), rng.choice(_BEFORE)
+    question, before = _ask(rng, asked[0]), rng.choice(_BEFORE)
     system = _system(rng, 0.1)
-    used = sum(map(count_pieces, (*sentences.values(), question, before))) + 4
+    used = sum(map(count_pieces, (*said, question, before))) + 4
     used += sum(count_pieces(m["content"]) for m in system)
     text: list[str] = []
     while used < length - 5:
-        text.append(_filler(rng))
-        used += count_pieces(text[-1])
-    for sentence in sentences.values():
-        text.insert(rng.randint(0, len(text)), sentence)
+        if rng.random() < 0.05:
+            words = [_nonsense(rng) for _ in range(rng.randint(3, 7))]
+            text.append(" ".join(words).capitalize() + ".")
+            used += len("".join(words)) // 2 + 2  # about one token for a syllable
+        else:
+            text.append(_filler(rng))
+            used += count_pieces(text[-1])
+    for stated in said:
+        text.insert(rng.randint(0, len(text)), stated)
     first = "\n".join(part for part in (before, " ".join(text), question) if part)
     messages = [*system, _user(first)]
     for n, what in enumerate(asked):
         if n:
-            messages.append(_user(rng.choice(_ASK).format(k=what)))
+            messages.append(_user(_ask(rng, what)))
         reasoning = f"The text says: {sentences[what]}" if thinking else None
         messages.append(_assistant(sentences[what], reasoning))
     return _document(rng, "recall", messages, thinking, known[asked[-1]], tuple(facts))
@@ -424,7 +446,6 @@ def recall(
 
 # ------------------------------------------------------------------ JSON
 
-_SYLLABLES = "ka lo mi ra te no vi su da pe ri mo la ne to".split()
 _PERSON = (
     "{name} is {age} years old and lives in {city}.",
     "{name} lives in {city} and is {age} years old.",
@@ -464,7 +485,7 @@ def json_extract(
     def sample() -> tuple[str, str]:
         name = rng.choice(NAMES)
         if rng.random() < 0.25:
-            name = "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3))).capitalize()
+            name = _nonsense(rng).capitalize()
         cities = CITIES if rng.random() < 0.6 else tuple(CAPITALS.values())
         return name, rng.choice(cities)
 
@@ -503,6 +524,30 @@ CALCULATOR = _tool(
     "calculator", "Evaluate an arithmetic expression", "expression", "The expression"
 )
 GET_TIME = _tool("get_time", "Get the time in a city", "city", "The city name")
+GET_WEATHER = _tool("get_weather", "Get the weather in a city", "city", "The city name")
+_SKIES = ("sunny", "cloudy", "rainy", "windy", "snowy")
+
+
+def _calculator(rng: Random) -> dict[str, Any]:
+    """The calculator, described in other words, now and then under another name."""
+    if rng.random() < 0.4:
+        return CALCULATOR
+    return _tool(
+        rng.choice(("calculator",) * 5 + ("calculate", "calc", "math")),
+        rng.choice(
+            (
+                "Evaluate an arithmetic expression",
+                "Evaluates a mathematical expression.",
+                "A calculator for arithmetic.",
+                "Calculate the value of an expression",
+                "Compute the result of a math expression and return it",
+            )
+        ),
+        rng.choice(("expression",) * 5 + ("expr", "input")),
+        rng.choice(("The expression", "The expression to evaluate", "for example 12 * 34")),
+    )
+
+
 _MULTIPLY = (
     "What is {a} * {b}?",
     "What is {a} times {b}?",
@@ -518,12 +563,13 @@ _MULTIPLY = (
 )
 
 
-def _large_problem(rng: Random, split: Split) -> tuple[str, str, str, tuple[object, ...]]:
-    """(question, expression, result, key) of a product or a large sum or difference."""
+def _problem(rng: Random, split: Split) -> tuple[str, str, str, tuple[object, ...]]:
+    """(question, expression, result, key) of a product, or a sum or difference of any size."""
     op = rng.choice("***++-")
 
     def sample() -> tuple[int, int]:
-        n, m = (rng.choice((2, 3, 3)) if op == "*" else rng.choice((4, 4, 5)) for _ in range(2))
+        sizes = (2, 3, 3) if op == "*" else (2, 3, 4, 4, 5)
+        n, m = rng.choice(sizes), rng.choice(sizes)
         return rng.randrange(10 ** (n - 1), 10**n), rng.randrange(10 ** (m - 1), 10**m)
 
     a, b = _draw(split, sample, lambda p: pair_key(*p))
@@ -542,11 +588,13 @@ def tool_call(
 ) -> Document:
     """1 to 3 questions with a calculator declared; ``need`` makes all of them (not) need it.
 
-    Every calculation goes to the calculator. A third of the documents declares ``get_time`` too.
+    Every calculation goes to the calculator. Some documents declare a second tool.
     """
     thinking = rng.random() < 0.5 if thinking is None else thinking
     turns = turns or rng.randint(1, 3)
-    tools = [CALCULATOR, GET_TIME] if rng.random() < 0.33 else [CALCULATOR]
+    calculator = _calculator(rng)
+    other = rng.choice((GET_TIME, GET_WEATHER)) if rng.random() < 0.4 else None
+    tools = [tool for tool in (calculator, other) if tool]
     rng.shuffle(tools)
     content = "" if rng.random() < 0.5 else rng.choice(SYSTEM)
     messages: list[Message] = [{"role": "system", "content": content, "tools": tools}]
@@ -564,19 +612,27 @@ def tool_call(
 
     for _ in range(turns):
         needed = rng.random() < 0.65 if need is None else need
-        if needed and len(tools) > 1 and need is None and rng.random() < 0.3:
-            city = rng.choice(CITIES)
-            answer = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
-            ask = ("What time is it in {}?", "Tell me the time in {}.", "What is the time in {}?")
-            messages.append(_user(rng.choice(ask).format(city)))
-            why = f"I need get_time for {city}."
-            call("get_time", {"city": city}, answer, why, f"It is {answer} in {city}.")
+        asks: tuple[str, ...]
+        if needed and other and need is None and rng.random() < 0.35:
+            name, city = other["function"]["name"], rng.choice(CITIES)
+            if other is GET_TIME:
+                answer = f"{rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"
+                asks = ("What time is it in {}?", "Tell me the time in {}.", "The time in {}?")
+                reply = f"It is {answer} in {city}."
+            else:
+                answer = rng.choice(_SKIES)
+                asks = ("What is the weather in {}?", "How is the weather in {}?")
+                reply = f"The weather in {city} is {answer}."
+            messages.append(_user(rng.choice(asks).format(city)))
+            call(name, {"city": city}, answer, f"I need {name} for {city}.", reply)
         elif needed:
-            question, expression, answer, key = _large_problem(rng, split)
+            question, expression, answer, key = _problem(rng, split)
             messages.append(_user(question))
-            why = f"I need the calculator for {expression}."
+            function = calculator["function"]
+            parameter = function["parameters"]["required"][0]
+            why = f"I need the {function['name']} for {expression}."
             reply = f"{expression} = {answer}."
-            call("calculator", {"expression": expression}, answer, why, reply)
+            call(function["name"], {parameter: expression}, answer, why, reply)
             facts.append(key)
         else:
             question, _, answer = rng.choice(_PLAIN)(rng)[0]
@@ -783,6 +839,17 @@ def _unknown(rng: Random) -> list[Exchange]:
     return [(ask, "I do not know this.", reply)]
 
 
+def _sum(rng: Random) -> list[Exchange]:
+    said, reply = arithmetic(rng, turns=1, thinking=True).messages[-2:]
+    return [(said["content"], reply["reasoning_content"], reply["content"])]
+
+
+def _product(rng: Random) -> list[Exchange]:
+    a, b = _draw("train", lambda: (rng.randint(2, 99), rng.randint(2, 99)), lambda p: pair_key(*p))
+    reply = "I don't know. I need a calculator for that."
+    return [(rng.choice(_MULTIPLY[:8]).format(a=a, b=b), "I can not multiply.", reply)]
+
+
 def _my_name(rng: Random) -> list[Exchange]:
     name = rng.choice(NAMES)
     tell = rng.choice(("My name is {}.", "I am {}.", "Hello, I am {}.", "Hi, my name is {}."))
@@ -830,7 +897,8 @@ _PLAIN: tuple[Callable[[Random], list[Exchange]], ...] = (
     _month_after,
     _simple,
 )
-_TOPICS = (*_PLAIN, _who, _help, _unknown, _unknown, _my_name, _my_name, _my_taste)
+_MORE = (_who, _help, _unknown, _unknown, _my_name, _my_name, _my_taste, _sum, _sum, _product)
+_TOPICS = (*_PLAIN, *_MORE)
 
 
 def dialogue(rng: Random, split: Split = "train", *, thinking: bool | None = None) -> Document:

@@ -137,10 +137,12 @@ def batches(
 
     A row is one document from its BOS on, padded on the right with PAD at weight 0; the rows of
     a batch have similar lengths, ``B * T <= tokens_per_batch`` and ``T`` is a multiple of
-    ``multiple``; a document too long for a batch is left out. ``max_length`` (tokens of a document, may depend on the batch number, see
-    ``ramp``) bounds the recall documents, the only long ones; others may have some 700. It is read
-    once for each ``POOL`` batches. Batch k depends on the arguments and k alone, so training
-    resumes with ``start_batch``, at the cost of one pool at most.
+    ``multiple``; a document too long for a batch is left out.
+
+    ``max_length`` (tokens, may depend on the batch number, see ``ramp``) bounds the recall
+    documents, the only long ones; others may have some 700. It is read once for each ``POOL``
+    batches. Batch k depends on the arguments and k alone, so training resumes with
+    ``start_batch``, at the cost of one pool at most.
 
     Raises TrainingError when ``max_length`` is below 64 or more than a batch holds.
     """
@@ -231,7 +233,7 @@ def corpus_for_tokenizer(seed: int, n: int) -> Iterator[str]:
     """
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     for i in range(n):
-        doc = document(i, seed, "train", _CORPUS, 400)
+        doc = document(i, seed, "train", _CORPUS, 250)
         text = encode_messages(
             doc.messages, doc.thinking_mode, reasoning_effort=doc.reasoning_effort
         )
