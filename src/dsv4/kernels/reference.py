@@ -74,10 +74,16 @@ def head(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last axis in float32, rounded to ``x``'s dtype."""
+    """RMSNorm over the last axis, rounded to ``x``'s dtype.
+
+    With a weight it is computed in float32; without one every step rounds to ``x``'s dtype, as
+    the reference does for the heads of a query.
+    """
+    if weight is None:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y if weight is None else y * weight.float()).to(x.dtype)
+    return (y * weight.float()).to(x.dtype)
 
 
 def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
@@ -311,10 +317,13 @@ def _softmax_attention(
 ) -> Tensor:
     """Queries ``[B, n, H, D]`` over ``keys [B, S, D]``; ``hidden [n, S]`` or ``[B, n, S]``.
 
-    A zero key stands for the sink: its score is the sink's logit, its value nothing.
+    A zero key stands for the sink: its score is the sink's logit, its value nothing. In inference
+    scores and sums are float32, and only the weights ``exp(score - max)`` are rounded to
+    ``dtype`` before they meet the values, as in the reference.
     """
     b, n, h, d = q.shape
-    mm = dtype if torch.is_grad_enabled() else torch.float32  # scores stay float32 in inference
+    training = torch.is_grad_enabled()
+    mm = dtype if training else torch.float32
     keys = F.pad(keys.to(mm), (0, 0, 1, 0))
     bias = F.pad(sink.to(mm).unsqueeze(1), (0, keys.shape[1] - 1))  # [H, 1 + S]
     if hidden is not None:
@@ -326,8 +335,12 @@ def _softmax_attention(
     scores = torch.baddbmm(
         bias.expand(b, -1, -1), q.reshape(b, n * h, d).to(mm), keys.transpose(1, 2), alpha=scale
     )
-    p = torch.softmax(scores, -1, dtype=torch.float32)
-    return (p.to(mm) @ keys).to(dtype).view(b, n, h, d)
+    if training:
+        p = torch.softmax(scores, -1, dtype=torch.float32).to(mm)
+        return (p @ keys).to(dtype).view(b, n, h, d)
+    e = scores.sub_(scores[..., 1:].amax(-1, keepdim=True)).exp_()
+    total = e.sum(-1, keepdim=True)
+    return ((e.to(dtype).float() @ keys) / total).to(dtype).view(b, n, h, d)
 
 
 def _gathered(
@@ -351,11 +364,13 @@ def _gathered(
     to_near = to_near.masked_fill(outside.unsqueeze(1), -torch.inf)
     to_mine = torch.einsum("bnhd,bnsd->bnhs", qf, mine) * scale
     to_mine = to_mine.masked_fill((chosen < 0).unsqueeze(2), -torch.inf)
-    none = sink.float()[:, None].expand(b, n, h, 1)
-    p = torch.softmax(torch.cat((none, to_near, to_mine), -1), -1)
-    _, p_near, p_mine = p.split((1, near.shape[1], mine.shape[2]), -1)
+    scores = torch.cat((to_near, to_mine), -1)
+    top = scores.amax(-1, keepdim=True)
+    e = (scores - top).exp()
+    total = e.sum(-1, keepdim=True) + (sink.float()[:, None] - top).exp()
+    p_near, p_mine = e.to(dtype).float().split((near.shape[1], mine.shape[2]), -1)
     out = torch.einsum("bnhs,bsd->bnhd", p_near, near)
-    return (out + torch.einsum("bnhs,bnsd->bnhd", p_mine, mine)).to(dtype)
+    return ((out + torch.einsum("bnhs,bnsd->bnhd", p_mine, mine)) / total).to(dtype)
 
 
 # ---------------------------------------------------------------- experts
