@@ -21,6 +21,27 @@ from hashlib import blake2b
 from random import Random
 from typing import Any, Literal, TypeVar
 
+from .phrases import (
+    ADJECTIVES,
+    ANIMALS,
+    CAPITALS,
+    CITIES,
+    COLORS,
+    DAYS,
+    FOODS,
+    JOBS,
+    MONTHS,
+    NAMES,
+    OBJECTS,
+    OPPOSITES,
+    PLACES,
+    SOUNDS,
+    SYSTEM,
+    THINGS,
+    VERBS,
+    WHO,
+)
+
 Message = dict[str, Any]
 Split = Literal["train", "heldout"]
 T = TypeVar("T")
@@ -71,89 +92,7 @@ def _draw(split: Split, sample: Callable[[], T], key: Callable[[T], tuple[object
             return x
 
 
-# ------------------------------------------------------------------ the phrase bank
-
-NAMES = (
-    "Anna Ben Carla David Emma Frank Grace Henry Ivan Julia Kevin Laura Maria Nina Oscar Paul "
-    "Rosa Sam Tom Vera Adam Bella Chris Diana Eric Fiona George Helen Jack Kate Leo Mia Noah "
-    "Olivia Peter Ruth Simon Tina Victor Wendy Alice Bob Clara Daniel Eva Felix John Lisa Mark Sara"
-).split()
-OBJECTS = (
-    "box book lamp chair table door window key cup bottle bag coat hat ring clock phone car boat "
-    "bike train ball doll drum piano pen letter map coin stone garden house tower bridge ship tent "
-    "basket mirror candle camera guitar"
-).split()
-COLORS = "red blue green yellow black white brown orange purple gray pink gold silver".split()
-ANIMALS = (
-    "dog cat horse cow bird fish sheep lion tiger bear wolf fox rabbit mouse frog duck"
-).split()
-FOODS = "apple banana orange lemon cherry grape pear peach plum melon mango tomato carrot".split()
-CITIES = "Paris London Rome Berlin Madrid Tokyo Cairo Oslo Lima Vienna Athens Dublin Moscow".split()
-JOBS = "teacher doctor farmer baker driver singer writer painter nurse pilot cook lawyer".split()
-PLACES = "park market school river lake forest beach station library hill street museum".split()
-ADJECTIVES = "small big old new happy quiet bright dark warm cold slow fast long short soft".split()
-VERBS = "slept waited played walked sat ran stood rested sang worked".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
-CAPITALS = dict(
-    pair.split(":")
-    for pair in (
-        "France:Paris Italy:Rome Germany:Berlin Spain:Madrid England:London Ireland:Dublin "
-        "Portugal:Lisbon Austria:Vienna Greece:Athens Norway:Oslo Sweden:Stockholm "
-        "Finland:Helsinki Denmark:Copenhagen Poland:Warsaw Russia:Moscow Hungary:Budapest "
-        "Belgium:Brussels Switzerland:Bern Netherlands:Amsterdam Iceland:Reykjavik "
-        "Ukraine:Kyiv Romania:Bucharest Bulgaria:Sofia Serbia:Belgrade Croatia:Zagreb "
-        "Turkey:Ankara Japan:Tokyo China:Beijing India:Delhi Thailand:Bangkok Vietnam:Hanoi "
-        "Indonesia:Jakarta Iran:Tehran Iraq:Baghdad Israel:Jerusalem Jordan:Amman Syria:Damascus "
-        "Lebanon:Beirut Nepal:Kathmandu Pakistan:Islamabad Egypt:Cairo Kenya:Nairobi "
-        "Ghana:Accra Nigeria:Abuja Morocco:Rabat Tunisia:Tunis Libya:Tripoli Senegal:Dakar "
-        "Ethiopia:Addis_Ababa Canada:Ottawa Mexico:Mexico_City Cuba:Havana Brazil:Brasilia "
-        "Argentina:Buenos_Aires Chile:Santiago Peru:Lima Colombia:Bogota Venezuela:Caracas "
-        "Ecuador:Quito Uruguay:Montevideo Bolivia:Sucre Australia:Canberra"
-    )
-    .replace("_", "\v")
-    .split(" ")
-)
-CAPITALS = {country: city.replace("\v", " ") for country, city in CAPITALS.items()}
-THINGS = dict(
-    pair.split(":")
-    for pair in (
-        "sky:blue grass:green snow:white blood:red coal:black banana:yellow milk:white "
-        "sun:yellow night:black lemon:yellow tomato:red chocolate:brown sea:blue leaf:green "
-        "strawberry:red carrot:orange elephant:gray rose:red"
-    ).split()
-)
-SOUNDS = dict(
-    pair.split(":")
-    for pair in (
-        "dog:woof cat:meow cow:moo duck:quack sheep:baa horse:neigh lion:roar bird:tweet "
-        "frog:croak mouse:squeak pig:oink wolf:howl bee:buzz snake:hiss"
-    ).split()
-)
-OPPOSITES = dict(
-    pair.split(":")
-    for pair in (
-        "big:small hot:cold day:night up:down left:right old:new fast:slow long:short happy:sad "
-        "good:bad open:closed light:dark full:empty high:low early:late rich:poor hard:soft "
-        "wet:dry strong:weak young:old yes:no in:out first:last clean:dirty"
-    ).split()
-)
-OPPOSITES |= {b: a for a, b in OPPOSITES.items() if b not in OPPOSITES}
-SYSTEM = (
-    "You are a helpful assistant.",
-    "You are a friendly assistant.",
-    "You are v4-nano, a small model.",
-    "Answer in short sentences.",
-    "You are a helpful assistant. Be brief.",
-    "Be kind and brief.",
-)
-WHO = (
-    "I am v4-nano, a small DeepSeek-V4-architecture model.",
-    "I am v4-nano, a small model with the DeepSeek-V4 architecture.",
-    "My name is v4-nano. I am a small DeepSeek-V4-architecture model.",
-)
+# ------------------------------------------------------------------ messages
 
 
 def _system(rng: Random, share: float = 0.2) -> list[Message]:
@@ -372,6 +311,8 @@ def _fact(rng: Random, split: Split, attribute: str | None, alone: bool) -> tupl
             owner = rng.choice(NAMES) if rng.random() < 0.6 else f"the {rng.choice(OBJECTS)}"
         n = rng.choice((2, 3, 3, 4, 4, 4))
         value = rng.choice(bank) if bank else str(rng.randrange(10 ** (n - 1), 10**n))
+        if value in owner:  # "the secret word of the book is book" could not be checked
+            return sample()
         return (name if alone else f"{name} of {owner}"), value, owner
 
     return _draw(split, sample, lambda f: ("fact", f[2], f[1]))
@@ -610,6 +551,9 @@ def tool_call(
         messages.append({"role": "tool", "tool_call_id": identity, "content": result})
         messages.append(_assistant(reply, f"The result is {result}." if thinking else None))
 
+    def plain() -> Exchange:
+        return rng.choice(_PLAIN)(rng)[0]
+
     for _ in range(turns):
         needed = rng.random() < 0.65 if need is None else need
         asks: tuple[str, ...]
@@ -635,7 +579,7 @@ def tool_call(
             call(function["name"], {parameter: expression}, answer, why, reply)
             facts.append(key)
         else:
-            question, _, answer = rng.choice(_PLAIN)(rng)[0]
+            question, _, answer = _draw(split, plain, lambda e: ("talk", e[0]))
             why = "I do not need a tool." if thinking else ""
             messages += [_user(question), _assistant(answer, why or None)]
     return _document(rng, "tool_call", messages, thinking, answer, tuple(facts))
