@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from . import kernels, quant
 from .config import V4Config
 from .errors import ConfigError
-from .kernels import Mix, Stored
+from .kernels import Stored
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class Pass:
     _rotations: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
 
     def rotation(self, compressed: bool, start: int, count: int, step: int = 1) -> Tensor:
-        """Unit complex numbers ``[count, rope / 2]`` for positions start, start + step, ..."""
+        """Cosines and sines ``[count, rope / 2, 2]`` for positions start, start + step, ..."""
         key = (compressed, start, count, step)
         if key not in self._rotations:
             freqs = rotary_frequencies(self.config, compressed).to(self.ids.device)
             positions = torch.arange(count, device=self.ids.device) * step + start
             angles = torch.outer(positions.float(), freqs)
-            self._rotations[key] = torch.polar(torch.ones_like(angles), angles)
+            self._rotations[key] = torch.stack((angles.cos(), angles.sin()), -1)
         return self._rotations[key]
 
 
@@ -276,7 +276,7 @@ class Indexer(nn.Module):
         if keys.shape[1] <= self.topk:
             return None
         q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
-        turn = run.rotation(True, run.start, x.shape[1]).unsqueeze(1)
+        turn = run.rotation(True, run.start, x.shape[1]).unsqueeze(-3)
         q = fp4_rotated(kernels.rope(q, turn), run.nx)
         weights = self.weights_proj(x, run.nx) * (self.dim**-0.5 * self.heads**-0.5)
         return kernels.index_topk(q, keys, weights, run.start, 4, self.topk)
@@ -310,7 +310,7 @@ class Attention(nn.Module):
         latent = self.q_norm(self.wq_a(xr, nx))
         latent_r = self.wq_b.rounded(latent, nx)
         q = self.wq_b(latent_r, nx).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        q = kernels.rope(kernels.rms_norm(q, None, c.rms_norm_eps), turn.unsqueeze(1))
+        q = kernels.rope(kernels.rms_norm(q, None, c.rms_norm_eps), turn.unsqueeze(-3))
         kv = kv_rounded(kernels.rope(self.kv_norm(self.wkv(xr, nx)), turn), run)
         window = kv if state is None else state.window(kv)
         chosen = rows = None
@@ -330,7 +330,7 @@ class Attention(nn.Module):
             scale=c.head_dim**-0.5,
             dtype=nx.dtype,
         )
-        out = kernels.rope(out, turn.unsqueeze(1), inverse=True)
+        out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
         grouped = kernels.grouped_linear(
             out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
         ).flatten(-2)
@@ -440,20 +440,24 @@ class Block(nn.Module):
             self.register_parameter(f"hc_{site}_base", _parameter(mixes))
             self.register_parameter(f"hc_{site}_scale", _parameter(3))
 
-    def mix(self, streams: Tensor, site: str) -> Mix:
+    def site(
+        self, name: str, f: Callable[[Tensor], Tensor], streams: Tensor, run: Pass
+    ) -> Tensor:
+        """Read a mix of the streams, apply ``f``, write the result back into all of them."""
         c = self.c
-        fn, base, scale = (getattr(self, f"hc_{site}_{p}") for p in ("fn", "base", "scale"))
-        logits = kernels.hc_logits(streams, fn, c.rms_norm_eps)
-        return kernels.hc_split(logits, scale, base, c.hc_sinkhorn_iters, c.hc_eps)
+        fn, scale, base = (getattr(self, f"hc_{name}_{p}") for p in ("fn", "scale", "base"))
+        x, post, comb = kernels.hc_read(
+            streams, fn, scale, base, c.hc_eps, c.rms_norm_eps, run.nx.dtype
+        )
+        comb = kernels.sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
+        return kernels.hc_expand(f(x), streams, post, comb)
 
     def forward(self, streams: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
         """Streams ``[B, T, h, d]`` -> the same."""
-        mix = self.mix(streams, "attn")
-        x = kernels.hc_collapse(streams, mix.pre, run.nx.dtype)
-        streams = kernels.hc_expand(self.attn(self.attn_norm(x), run, state), streams, mix)
-        mix = self.mix(streams, "ffn")
-        x = kernels.hc_collapse(streams, mix.pre, run.nx.dtype)
-        return kernels.hc_expand(self.ffn(self.ffn_norm(x), run), streams, mix)
+        streams = self.site(
+            "attn", lambda x: self.attn(self.attn_norm(x), run, state), streams, run
+        )
+        return self.site("ffn", lambda x: self.ffn(self.ffn_norm(x), run), streams, run)
 
 
 class Head(nn.Module):

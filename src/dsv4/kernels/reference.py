@@ -87,16 +87,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate the last ``2 * rotation.shape[-1]`` channels of ``x``; interleaved pairs.
+    """Rotate the last ``2 * W`` channels of ``x``; interleaved pairs; float32 inside.
 
-    ``rotation`` is complex64 and broadcasts against ``x[..., :width / 2]``; ``inverse`` turns
-    the other way.
+    ``rotation [..., W, 2]`` holds cosines and sines and broadcasts against the pairs;
+    ``inverse`` turns the other way.
     """
-    width = 2 * rotation.shape[-1]
+    width = 2 * rotation.shape[-2]
     plain, turned = x.split((x.shape[-1] - width, width), -1)
-    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
-    pairs = pairs * (rotation.conj() if inverse else rotation)
-    return torch.cat((plain, torch.view_as_real(pairs).flatten(-2).to(x.dtype)), -1)
+    a, b = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.unbind(-1)
+    if inverse:
+        sin = -sin
+    pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    return torch.cat((plain, pairs.flatten(-2).to(x.dtype)), -1)
 
 
 # ---------------------------------------------------------------- hyper-connections (mHC)
@@ -124,11 +127,28 @@ def hc_split(logits: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float
     Source: report section 2.3 (the code's matrix is the report's, transposed): row softmax,
     columns, then ``iters - 1`` times rows and columns.
     """
+    pre, post, comb = _hc_gates(logits, scale, base, eps)
+    return Mix(pre, post, sinkhorn(comb, iters, eps))
+
+
+def _hc_gates(
+    logits: Tensor, scale: Tensor, base: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     h = int((1 + logits.shape[-1]) ** 0.5) - 1
-    factor = scale.repeat_interleave(torch.tensor([h, h, h * h], device=scale.device))
-    pre, post, comb = (logits * factor + base).split((h, h, h * h), -1)
-    comb = torch.softmax(comb.unflatten(-1, (h, h)), -1) + eps
-    return Mix(torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), sinkhorn(comb, iters, eps))
+    pre, post, comb = logits.split((h, h, h * h), -1)
+    pre_base, post_base, comb_base = base.split((h, h, h * h))
+    comb = (comb * scale[2] + comb_base).unflatten(-1, (h, h))
+    pre = torch.sigmoid(pre * scale[0] + pre_base) + eps
+    return pre, 2 * torch.sigmoid(post * scale[1] + post_base), torch.softmax(comb, -1) + eps
+
+
+def hc_read(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A site's input ``[..., d]`` and its post and comb gates (comb before Sinkhorn)."""
+    pre, post, comb = _hc_gates(hc_logits(streams, fn, norm_eps), scale, base, eps)
+    return hc_collapse(streams, pre, dtype), post, comb
 
 
 def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
@@ -176,16 +196,17 @@ def hc_collapse(streams: Tensor, pre: Tensor, dtype: torch.dtype) -> Tensor:
     return (pre.unsqueeze(-1) * streams.float()).sum(-2).to(dtype)
 
 
-def hc_expand(out: Tensor, streams: Tensor, mix: Mix) -> Tensor:
+def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """New streams: ``post_j * out + sum_i comb[i, j] * streams_i``; ``streams``' dtype."""
-    shape = streams.shape
-    old = streams.float().flatten(0, -3)
+    if torch.is_grad_enabled():  # fuses well when compiled
+        mixed = (comb.unsqueeze(-1) * streams.float().unsqueeze(-2)).sum(-3)
+        return (post.unsqueeze(-1) * out.float().unsqueeze(-2) + mixed).to(streams.dtype)
     new = torch.baddbmm(
-        mix.post.flatten(0, -2).unsqueeze(-1) * out.float().flatten(0, -2).unsqueeze(-2),
-        mix.comb.flatten(0, -3).transpose(1, 2),
-        old,
+        post.flatten(0, -2).unsqueeze(-1) * out.float().flatten(0, -2).unsqueeze(-2),
+        comb.flatten(0, -3).transpose(1, 2),
+        streams.float().flatten(0, -3),
     )
-    return new.view(shape).to(streams.dtype)
+    return new.view(streams.shape).to(streams.dtype)
 
 
 # ---------------------------------------------------------------- compressor and indexer
