@@ -1,0 +1,286 @@
+"""The generated data: counted, right, held out where it says so, weighted where a model writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv4.encoding import ASSISTANT, EOS, PAD, encode_messages, parse_completion
+from dsv4.errors import TrainingError
+from dsv4.tokenizer import Tokenizer
+from dsv4.train.conversations import (
+    Document,
+    arithmetic,
+    held_out,
+    json_extract,
+    pair_key,
+    recall,
+    rng_for,
+    tool_call,
+    worked_steps,
+)
+from dsv4.train.data import (
+    POOL,
+    WEIGHTS,
+    batches,
+    corpus_for_tokenizer,
+    document,
+    documents,
+    ramp,
+    render,
+    stats,
+)
+
+OPERATION = re.compile(r"(\d+) ?([-+*x]|plus|minus|times|by|to|and|from) ?(\d+)")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(corpus_for_tokenizer(0, 12000), 2048, progress=False)
+
+
+def said(doc: Document) -> str:
+    """Everything in a document, tool schemas and reasoning apart."""
+    parts = []
+    for m in doc.messages:
+        parts.append(m["content"])
+        parts += [c["function"]["arguments"] for c in m.get("tool_calls", [])]
+    return "\n".join(parts)
+
+
+def value(a: int, op: str, b: int) -> int:
+    return a + b if op in "+plus" else a - b if op in "-minus" else a * b
+
+
+# ------------------------------------------------------------------ counted
+
+
+def test_a_document_depends_on_seed_split_and_number_only() -> None:
+    stream = list(islice(documents(5), 30))
+    assert [document(i, 5) for i in reversed(range(30))] == stream[::-1]
+    assert stream != list(islice(documents(6), 30))
+    assert stream != list(islice(documents(5, "heldout"), 30))
+    # Pinned: another machine, Python or process makes the very same data.
+    assert rng_for("document", 0, "train", 3).random() == 0.1612701046830871
+
+
+def test_no_held_out_fact_in_20000_training_documents() -> None:
+    for doc in islice(documents(1, longest=300), 20000):
+        assert not any(held_out(*key) for key in doc.facts), doc
+        for a, _, b in OPERATION.findall(said(doc)):  # the text itself, whatever facts says
+            assert not held_out(*pair_key(int(a), int(b))), said(doc)
+        if doc.task == "recall":
+            text = next(m["content"] for m in doc.messages if m["role"] == "user")
+            for owner, found in re.findall(r"he [\w ]+? of ([\w ]+) is (\w+)\.", text):
+                assert not held_out("fact", owner, found)
+
+
+def test_held_out_documents_hold_nothing_else() -> None:
+    docs = list(islice(documents(1, "heldout"), 1500))
+    assert {doc.task for doc in docs} == set(WEIGHTS)
+    assert all(held_out(*key) for doc in docs for key in doc.facts)
+    share = sum(held_out(*pair_key(a, b)) for a in range(100) for b in range(a, 100)) / 5050
+    assert 0.08 < share < 0.12
+
+
+# ------------------------------------------------------------------ right
+
+
+@given(st.integers(0, 999), st.sampled_from("+-"), st.integers(0, 999))
+def test_written_steps_are_true_and_end_in_the_result(a: int, op: str, b: int) -> None:
+    steps = worked_steps(a, op, b)
+    assert steps.startswith(f"{a} {op} {b}") and steps.endswith(f"Result: {value(a, op, b)}.")
+    for left, result in re.findall(r": ([-+\d]+)=(\d+)", steps):
+        assert sum(map(int, re.findall(r"[-+]?\d+", left))) == int(result)
+    written = re.findall(r"write (\d)", steps) or re.findall(r"=(\d),", steps)
+    carry = re.findall(r"carry (\d)", steps)[-1:]
+    assert int("".join(carry + written[::-1])) == abs(value(a, op, b))
+    assert steps.count("=") == max(len(str(a)), len(str(b)))
+
+
+def test_answers_are_right() -> None:
+    seen = set()
+    for doc in islice(documents(2, longest=400), 4000):
+        last = doc.messages[-1]
+        assert last["role"] == "assistant" and doc.answer in last["content"]
+        assert (doc.thinking_mode == "thinking") == ("reasoning_content" in last)
+        for m in doc.messages:
+            for a, op, b, result in re.findall(r"(\d+) ([-+*]) (\d+) = (-?\d+)\.", m["content"]):
+                assert value(int(a), op, int(b)) == int(result)
+                seen.add((doc.task, op))
+        users = [m["content"] for m in doc.messages if m["role"] == "user"]
+        if doc.task == "recall":
+            for m in doc.messages:
+                if m["role"] == "assistant":
+                    assert users[0].count(m["content"][1:]) == 1  # "The" may be "the" there
+        if doc.task == "json_extract":
+            assert all(str(v) in users[0] for v in json.loads(doc.answer).values())
+            assert json.dumps(json.loads(last["content"])) == doc.answer
+        if doc.task == "dialogue":
+            replies = " ".join(m["content"] for m in doc.messages if m["role"] == "assistant")
+            assert "I am ChatGPT" not in replies and "V4-Flash" not in replies
+    assert {("arithmetic", "+"), ("arithmetic", "-"), ("tool_call", "*")} <= seen
+
+
+def test_tool_calls_name_a_declared_tool_and_get_the_right_result() -> None:
+    for i in range(300):
+        doc = tool_call(rng_for(i))
+        schemas = {t["function"]["name"]: t["function"] for t in doc.messages[0]["tools"]}
+        results = {m["tool_call_id"]: m["content"] for m in doc.messages if m["role"] == "tool"}
+        for m in doc.messages:
+            for call in m.get("tool_calls", []):
+                function = call["function"]
+                arguments = json.loads(function["arguments"])
+                parameters = schemas[function["name"]]["parameters"]
+                assert list(arguments) == parameters["required"] == list(parameters["properties"])
+                if match := OPERATION.fullmatch(next(iter(arguments.values()))):
+                    a, op, b = match.groups()
+                    assert results[call["id"]] == str(value(int(a), op, int(b)))
+    assert all(
+        m["role"] != "tool" for i in range(50) for m in tool_call(rng_for(i), need=False).messages
+    )
+
+
+# ------------------------------------------------------------------ lengths and depths
+
+
+def prompt_length(doc: Document, tokenizer: Tokenizer) -> int:
+    end = [m["role"] for m in doc.messages].index("assistant")
+    return len(tokenizer.encode(encode_messages(doc.messages[:end], doc.thinking_mode), True))
+
+
+@pytest.mark.parametrize("length", [60, 500, 2000])
+def test_recall_prompts_have_the_wanted_length(tokenizer: Tokenizer, length: int) -> None:
+    docs = [recall(rng_for(i), length=length, keys=1) for i in range(40)]
+    got = [prompt_length(doc, tokenizer) for doc in docs]
+    assert all(abs(n - length) <= 0.1 * length + 4 for n in got), (min(got), max(got))
+
+
+def test_needles_lie_at_every_depth() -> None:
+    depths = []
+    for i in range(300):
+        doc = recall(rng_for(i), length=500, keys=1)
+        text = next(m["content"] for m in doc.messages if m["role"] == "user")
+        depths.append(text.index(doc.messages[-1]["content"][1:]) / len(text))
+    tenths = [sum(int(d * 10) == k for d in depths) for k in range(10)]
+    assert min(tenths) >= 10
+
+
+# ------------------------------------------------------------------ weights
+
+
+def trained(ids: list[int], weights: list[float], tokenizer: Tokenizer) -> list[str]:
+    """Texts of the runs of weight 1."""
+    runs: list[list[int]] = [[]]
+    for i, w in zip(ids, weights, strict=True):
+        if w == 1:
+            runs[-1].append(i)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def completion(message: dict[str, Any], thinking: bool) -> tuple[Any, ...]:
+    calls = [c["function"] for c in message.get("tool_calls", [])]
+    return (message["content"], message.get("reasoning_content", "") if thinking else "", calls)
+
+
+def test_weights_are_on_what_the_assistant_writes(tokenizer: Tokenizer) -> None:
+    for doc in islice(documents(4, longest=300), 600):
+        ids, weights = render(doc, tokenizer)
+        assert len(ids) == len(weights) and set(weights) == {0.0, 1.0}
+        replies = [m for m in doc.messages if m["role"] == "assistant"]
+        thinking = doc.thinking_mode == "thinking"
+        if thinking and "tools" not in doc.messages[0]:
+            replies = replies[-1:]
+        runs = trained(ids, weights, tokenizer)
+        assert len(runs) == len(replies)
+        for run, reply in zip(runs, replies, strict=True):
+            assert run.endswith(EOS) and run.count(EOS) == 1 and ASSISTANT not in run
+            parsed = parse_completion(run, doc.thinking_mode, strict=True)
+            calls = [
+                {"name": c["function"]["name"], "arguments": c["function"]["arguments"]}
+                for c in parsed.get("tool_calls") or []
+            ]
+            got = (parsed.get("content") or "", parsed.get("reasoning_content") or "", calls)
+            assert got == completion(reply, thinking)
+
+
+def test_what_is_trained_continues_the_prompt_of_inference(tokenizer: Tokenizer) -> None:
+    for i in range(40):
+        for doc in (
+            arithmetic(rng_for(i)),
+            recall(rng_for(i), length=80),
+            json_extract(rng_for(i)),
+        ):
+            ids, weights = render(doc, tokenizer)
+            effort = doc.reasoning_effort
+            prompt = encode_messages(doc.messages[:-1], doc.thinking_mode, reasoning_effort=effort)
+            start = tokenizer.encode(prompt, True)
+            assert ids[: len(start)] == start
+            assert weights[len(start) - 1] == 0 and set(weights[len(start) :]) == {1.0}
+
+
+def test_other_tokens_can_be_given_a_weight(tokenizer: Tokenizer) -> None:
+    _, weights = render(document(0, 0), tokenizer, prompt_weight=0.25)
+    assert weights[0] == 0 and set(weights[1:]) == {0.25, 1.0}
+
+
+# ------------------------------------------------------------------ batches
+
+
+def test_batches_are_full_and_hold_one_document_a_row(tokenizer: Tokenizer) -> None:
+    pad, wanted, got = tokenizer.special_id(PAD), 0, 0
+    for ids, weights in islice(batches(tokenizer, 0, 4096), POOL):
+        assert ids.shape == weights.shape and ids.dtype == torch.int64
+        assert ids.numel() <= 4096 and ids.shape[1] % 8 == 0
+        assert (ids[:, 0] == tokenizer.bos_id).all() and (ids[:, 1:] != tokenizer.bos_id).all()
+        assert (weights[ids == pad] == 0).all() and weights.sum(1).min() >= 2
+        wanted += ids.numel()
+        got += int((ids != pad).sum())
+    assert got / wanted > 0.9 and wanted / (POOL * 4096) > 0.85
+
+
+def test_batches_resume_bit_for_bit(tokenizer: Tokenizer) -> None:
+    schedule = ramp(100, 1000, 100)
+    whole = list(islice(batches(tokenizer, 3, 1024, schedule), POOL + 6))
+    for start in (0, 1, POOL - 1, POOL, POOL + 3):
+        again = batches(tokenizer, 3, 1024, schedule, start_batch=start)
+        for old, new in zip(whole[start : start + 3], again, strict=False):
+            assert torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
+    other = next(batches(tokenizer, 4, 1024, schedule))
+    assert other[0].shape != whole[0][0].shape or not torch.equal(other[0], whole[0][0])
+
+
+def test_recall_texts_grow_with_the_schedule(tokenizer: Tokenizer) -> None:
+    only = {"recall": 1.0}
+    widest = []
+    for start in (0, 4 * POOL):
+        stream = batches(tokenizer, 0, 1024, ramp(128, 1000, 4 * POOL), start, weights=only)
+        widest.append(max(ids.shape[1] for ids, _ in islice(stream, POOL)))
+    assert widest[0] <= 128 and 600 < widest[1] <= 1000
+
+
+def test_a_length_that_fits_no_batch_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TrainingError, match="max_length"):
+        next(batches(tokenizer, 0, 1024, 2048))
+
+
+# ------------------------------------------------------------------ vocabulary and summary
+
+
+def test_the_vocabulary_fits_the_data(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab_size == 2048
+    summary = stats(0, 300, tokenizer)
+    assert sum(row.documents for row in summary.values()) == 300
+    tools = encode_messages(tool_call(rng_for(0)).messages[:2], "thinking")
+    assert len(tokenizer.encode(tools, True)) < 450  # about 1,300 characters
+    effort = encode_messages([{"role": "user", "content": ""}], "thinking", reasoning_effort="max")
+    assert len(tokenizer.encode(effort, True)) < 110  # about 530 characters
