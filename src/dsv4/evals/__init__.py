@@ -1,0 +1,1 @@
+"""Evaluations: tasks with checkers, on instances no training document contains."""

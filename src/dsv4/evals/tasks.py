@@ -1,0 +1,241 @@
+"""The tasks: held-out instances, and the checkers that say whether a reply is right.
+
+An instance is made from ``(task, seed, number)`` alone. Its operands, facts, person or question
+are held out (``train.conversations.held_out``), so no training document shows them. A checker is a
+pure function of the instance and the reply; it needs no model and trusts nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from ..encoding import encode_segments
+from ..errors import ConfigError
+from ..tokenizer import Tokenizer
+from ..train import conversations as make
+from ..train.conversations import Document, Message
+from ..train.phrases import ANIMALS, CITIES, COLORS, FOODS, OBJECTS
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One question. ``tools`` go to the model beside ``messages``; ``answer`` is for the checker.
+
+    ``answer`` is the number, the value or the JSON text that is right. ``thinking`` is the
+    effort the task is asked with: "off", "high" or "max".
+    """
+
+    task: str
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    thinking: str
+    answer: str
+
+
+Checker = Callable[[Instance, Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How instances are made and replies are judged.
+
+    ``make`` gives a held-out document from a generator and a length in tokens, which only tasks
+    with ``tokens`` (the least and the most of their prompts) look at. ``max_tokens`` bounds the
+    reply, reasoning included.
+    """
+
+    name: str
+    make: Callable[[Random, int], Document]
+    check: Checker
+    thinking: str
+    max_tokens: int
+    tokens: tuple[int, int] | None = None
+
+
+# ------------------------------------------------------------------ checkers
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    return str(message.get("content") or "")
+
+
+def check_number(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The last number of the reply is the answer, and no tool was called."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", _content(message).replace("−", "-"))
+    return not message.get("tool_calls") and numbers[-1:] == [instance.answer]
+
+
+_VALUES = frozenset((*COLORS, *ANIMALS, *FOODS, *CITIES, *OBJECTS))
+
+
+def check_value(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The reply names the value and no other number or value word, the question's own apart."""
+    asked = instance.messages[-1]["content"].splitlines()[-1]
+
+    def values(text: str) -> set[str]:
+        return {w for w in re.findall(r"\w+", text) if w.isdigit() or w in _VALUES}
+
+    said = values(_content(message)) - values(asked)
+    return not message.get("tool_calls") and said == {instance.answer}
+
+
+def check_json(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The reply is one JSON object and nothing else, with the right keys, values and types."""
+    try:
+        got = json.loads(_content(message))
+    except ValueError:
+        return False
+    want = json.loads(instance.answer)
+    same = isinstance(got, dict) and got == want
+    return same and all(type(got[key]) is type(want[key]) for key in want)
+
+
+def check_tool_call(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """One call of the declared calculator, whose expression has the right value."""
+    others = (make.GET_TIME, make.GET_WEATHER)
+    calculator = next(t["function"] for t in instance.tools or [] if t not in others)
+    calls = message.get("tool_calls") or []
+    try:
+        function = calls[0]["function"]
+        arguments = json.loads(function["arguments"])
+        return (
+            len(calls) == 1
+            and function["name"] == calculator["name"]
+            and list(arguments) == calculator["parameters"]["required"]
+            and evaluate_expression(*arguments.values()) == int(instance.answer)
+        )
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return False
+
+
+def check_no_call(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """An answer in words: no call, no attempt at one in the text. Says nothing of its truth."""
+    content = _content(message).strip()
+    return not message.get("tool_calls") and bool(content) and "DSML" not in content
+
+
+_OPERATORS: Mapping[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def evaluate_expression(text: str) -> float:
+    """Value of ``+ - * /``, parentheses and numbers; ValueError for anything else."""
+
+    def value(node: ast.AST) -> float:
+        if isinstance(node, ast.Expression):
+            return value(node.body)
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return node.value  # type: ignore[return-value]  # the type was just checked
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            result: float = _OPERATORS[type(node.op)](value(node.left), value(node.right))
+            return result
+        raise ValueError("not arithmetic")
+
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9+\-*/(). ]{1,200}", text):
+        raise ValueError("not an expression")
+    try:
+        return value(ast.parse(text.strip(), mode="eval"))
+    except (SyntaxError, ZeroDivisionError, OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError("not arithmetic") from error
+
+
+# ------------------------------------------------------------------ the table
+
+
+def _two_digits(rng: Random, _: int) -> Document:
+    return make.arithmetic(rng, "heldout", digits=(2, 2), turns=1, thinking=False)
+
+
+def _one_key(rng: Random, length: int) -> Document:
+    return make.recall(rng, "heldout", length=length, keys=1, thinking=False)
+
+
+def _person(rng: Random, _: int) -> Document:
+    fields = ("name", "age", "city")
+    return make.json_extract(rng, "heldout", fields=fields, thinking=False)
+
+
+def _calculation(rng: Random, _: int) -> Document:
+    return make.tool_call(rng, "heldout", need=True, turns=1, thinking=False)
+
+
+def _no_calculation(rng: Random, _: int) -> Document:
+    return make.tool_call(rng, "heldout", need=False, turns=1, thinking=False)
+
+
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        Task("addition_subtraction", _two_digits, check_number, "high", 160),
+        Task("addition_subtraction_no_thinking", _two_digits, check_number, "off", 32),
+        Task("recall_500", _one_key, check_value, "off", 40, (450, 550)),
+        Task("recall_2000", _one_key, check_value, "off", 40, (1900, 2040)),
+        Task("json_extract", _person, check_json, "off", 64),
+        Task("tool_call", _calculation, check_tool_call, "off", 120),
+        Task("no_tool_needed", _no_calculation, check_no_call, "off", 64),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name; ConfigError lists the names when there is none."""
+    if name not in TASKS:
+        raise ConfigError("no such task", expected=", ".join(TASKS), got=name)
+    return TASKS[name]
+
+
+def prompt_tokens(instance: Instance, tokenizer: Tokenizer) -> int:
+    """Tokens of the prompt the model reads, tools not counted."""
+    mode = "chat" if instance.thinking == "off" else "thinking"
+    return len(tokenizer.encode_segments(encode_segments(instance.messages, mode)))
+
+
+def instance(
+    name: str,
+    seed: int,
+    number: int,
+    thinking: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Instance:
+    """Instance ``number`` of a task: the same for the same arguments.
+
+    ``thinking`` replaces the task's own effort. A task that promises a prompt length keeps it
+    exactly with ``tokenizer``, otherwise as counted in words and digits. Raises ConfigError for
+    an unknown task, and for a tokenizer that cannot meet the length.
+    """
+    task = find_task(name)
+    low, high = task.tokens or (0, 0)
+    length = wanted = (low + high) // 2
+    for attempt in range(20):
+        doc = task.make(make.rng_for("eval", name, seed, number, attempt), length)
+        out = _question(doc, task, thinking or task.thinking)
+        if not task.tokens or not tokenizer:
+            return out
+        got = prompt_tokens(out, tokenizer)
+        if low <= got <= high:
+            return out
+        length = max(1, round(length * wanted / got))
+    raise ConfigError("no prompt of the wanted length", expected=f"{low} to {high}", got=got)
+
+
+def _question(doc: Document, task: Task, thinking: str) -> Instance:
+    """The document up to the first assistant message, its tools apart."""
+    roles = [message["role"] for message in doc.messages]
+    messages = [dict(message) for message in doc.messages[: roles.index("assistant")]]
+    tools = messages[0].pop("tools", None)
+    if messages[0]["role"] == "system" and not messages[0]["content"]:
+        messages = messages[1:]
+    return Instance(task.name, messages, tools, thinking, doc.answer)
