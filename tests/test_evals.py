@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from dsv4.cli import app
 from dsv4.errors import ConfigError
 from dsv4.evals.run import evaluate, heldout_loss, wilson
 from dsv4.evals.tasks import TASKS, Instance, evaluate_expression, instance, prompt_tokens
@@ -150,9 +154,9 @@ def test_recall_prompts_keep_their_promise(tokenizer: Tokenizer) -> None:
 def test_a_length_no_tokenizer_can_meet_is_refused() -> None:
     letters = Tokenizer.train(["a"], 300, progress=False)  # one token a byte
     task = TASKS["recall_500"]
-    TASKS_WITH_IT = dict(TASKS) | {"tiny": replace(task, name="tiny", tokens=(5, 6))}
+    tasks = dict(TASKS) | {"tiny": replace(task, name="tiny", tokens=(5, 6))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsv4.evals.tasks.TASKS", TASKS_WITH_IT)
+        patch.setattr("dsv4.evals.tasks.TASKS", tasks)
         with pytest.raises(ConfigError, match="length"):
             instance("tiny", 0, 0, tokenizer=letters)
 
@@ -280,3 +284,14 @@ def test_heldout_loss_of_a_uniform_model_is_the_log_of_its_vocabulary(
     loss = heldout_loss(Uniform(), tokenizer, seed=0, n=30, longest=200)
     assert {"all", "arithmetic", "recall"} <= set(loss)
     assert all(math.isclose(v, math.log(2048), rel_tol=1e-5) for v in loss.values())
+
+
+def test_the_command_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Scripted(1, 2, knows=1)
+    api = SimpleNamespace(load=lambda name, numerics: model)
+    monkeypatch.setitem(sys.modules, "dsv4.api", api)
+    arguments = ["eval", "v4-nano", "--n", "2", "--seed", "1", "--task", "tool_call"]
+    table = CliRunner().invoke(app, arguments)
+    assert table.exit_code == 0 and "50.0%" in table.output and "9.5% to 90.5%" in table.output
+    report = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
+    assert report["model"] == "v4-nano" and report["tasks"]["tool_call"]["correct"] == 1

@@ -461,6 +461,62 @@ def _sampling(
     return SamplingParams(max_tokens, temperature, top_p, seed)
 
 
+@app.command("eval")
+def evaluate(
+    model: ModelName,
+    seed: Annotated[int, typer.Option(help="Another seed asks other questions.")] = 0,
+    n: Annotated[int, typer.Option("--n", help="Questions per task.", min=1)] = 100,
+    task: Annotated[
+        list[str] | None, typer.Option(help="One task; may be given again. All by default.")
+    ] = None,
+    think: Annotated[
+        str | None, typer.Option(help="off, high or max, instead of the tasks' own.")
+    ] = None,
+    numerics: Numerics = "official",
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out questions, greedily: accuracy with its 95% interval.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 eval v4-nano
+      dsv4 eval v4-nano --task recall_500 --n 200 --seed 1 --json
+    """
+    from .api import load
+    from .evals.run import evaluate as run
+
+    def show(name: str, done: int, correct: int) -> None:
+        print(f"\r{name}: {correct} of {done} \033[K", end="", file=sys.stderr, flush=True)
+
+    report = run(
+        load(model, numerics=numerics),
+        seed,
+        n,
+        task or None,
+        show if sys.stderr.isatty() else None,
+        thinking=_level(think) if think else None,
+    )
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"model": model, "numerics": numerics} | report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model}: {n} held-out questions a task, seed {seed}", box=SIMPLE_HEAD)
+    table.add_column("task", no_wrap=True)
+    table.add_column("thinking")
+    for column in ("right", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in report["tasks"].items():
+        low, high = row["interval"]
+        share = f"{row['accuracy']:.1%}"
+        table.add_row(name, row["thinking"], share, f"{low:.1%} to {high:.1%}")
+    Console().print(table)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine and this installation can do.
