@@ -1,0 +1,190 @@
+"""HTTP details every API of the server shares: errors, bodies, and answers made while one waits.
+
+Errors have one shape, the hosted API's: ``{"error": {"message", "type", "param", "code"}}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from ..engine import EngineBusyError
+from ..errors import RequestError
+
+MAX_BODY = 64 << 20  # bytes; a million tokens of text are about 4 MB
+KEEP_ALIVE = 10.0  # seconds of silence after which a sign of life is sent
+
+
+class ApiError(Exception):
+    """An answer other than 200, in the hosted API's shape."""
+
+    def __init__(
+        self, message: str, status: int = 400, type: str = "", code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type or _TYPES.get(status, "server_error" if status >= 500 else _INVALID)
+        self.code = code or (self.type if status >= 500 else _INVALID)
+
+    def body(self) -> dict[str, Any]:
+        error = {"message": str(self), "type": self.type, "param": None, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        return JSONResponse(self.body(), self.status, headers)
+
+    @classmethod
+    def of(cls, error: BaseException) -> ApiError:
+        """What a client is told about an exception. Surprises are not described to strangers."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, EngineBusyError):
+            return cls(str(error), 503 if "closed" in str(error) else 429)
+        if isinstance(error, RequestError):
+            return cls(str(error))
+        return cls("Internal error: the generation failed; the server's log has the details.", 500)
+
+
+_INVALID = "invalid_request_error"
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: _INVALID,
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def http_error(status: int, detail: str, path: str) -> ApiError:
+    """The envelope for what the HTTP layer itself refuses (unknown path, wrong method)."""
+    if status == 404:
+        return ApiError(f"Not found: there is no {path} here; GET / lists what there is.", 404)
+    return ApiError(detail or HTTPStatus(status).phrase, status)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as a JSON object. Raises ApiError 400 for anything else, and for more than MAX_BODY.
+
+    Half surrogate pairs, which JSON can spell and UTF-8 cannot, become U+FFFD.
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise ApiError(f"The request body is too large: the limit is {MAX_BODY} bytes.")
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"Failed to parse the request body as JSON: {error}") from error
+    if not isinstance(data, dict):
+        kind = type(data).__name__
+        raise ApiError(
+            f"Failed to deserialize the JSON body into the target type: expected an object, "
+            f"got {kind}"
+        )
+    return _well_formed(data) if b"\\u" in body else data
+
+
+def dumps(data: object) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+class LiveResponse(Response):
+    """A response whose ``chunks`` are made while the client waits.
+
+    Until the first chunk (or the first sign of life) nothing is sent, so an early failure still
+    has its own status; a later one is sent in-band, as ``failure`` spells it. After ``interval``
+    silent seconds ``idle`` is sent. When the client goes away, or the server cancels the request,
+    ``chunks`` is closed before this returns: closing must stop the work behind it.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[str, None],
+        *,
+        media_type: str,
+        idle: str,
+        failure: Callable[[ApiError], str],
+        interval: float = KEEP_ALIVE,
+    ) -> None:
+        super().__init__(media_type=media_type, headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._chunks, self._idle, self._failure = chunks, idle, failure
+        self._interval = interval
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def write(text: str, more: bool = True) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await send(start)
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
+            await send(body)
+
+        gone = asyncio.create_task(_disconnected(receive))
+        coming: asyncio.Task[str | None] | None = None
+        try:
+            while not gone.done():
+                coming = coming or asyncio.create_task(_next(self._chunks))
+                await asyncio.wait(
+                    {coming, gone}, timeout=self._interval, return_when=asyncio.FIRST_COMPLETED
+                )
+                if gone.done():
+                    break
+                if not coming.done():
+                    await write(self._idle)
+                    continue
+                try:
+                    chunk = coming.result()
+                except Exception as error:
+                    told = ApiError.of(error)
+                    if started:
+                        await write(self._failure(told), more=False)
+                    else:
+                        await told.response()(scope, receive, send)
+                    if told.status == 500:
+                        raise  # the server logs it
+                    break
+                coming = None
+                if chunk is None:
+                    await write("", more=False)
+                    break
+                await write(chunk)
+        finally:
+            gone.cancel()
+            if coming is not None and not coming.done():
+                coming.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await coming
+            await self._chunks.aclose()
+
+
+async def _next(chunks: AsyncGenerator[str, None]) -> str | None:
+    return await anext(chunks, None)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _well_formed(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_well_formed(v) for v in value]
+    if isinstance(value, dict):
+        return {_well_formed(k): _well_formed(v) for k, v in value.items()}
+    return value

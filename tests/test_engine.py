@@ -1,0 +1,368 @@
+"""The engine: answers do not depend on neighbours, prompts are reused, failures stay alone."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsv4
+from dsv4.config import V4Config
+from dsv4.engine import Engine, EngineBusyError, Generation, SamplingParams
+from dsv4.engine.engine import common_prefix
+from dsv4.errors import ContextLengthError, RequestError
+
+VOCAB = 64
+CONFIG = replace(V4Config.preset("nano"), vocab_size=VOCAB, eos_token_id=1)
+
+
+class HashSession:
+    """A timeline whose next-token logits are a pure function of the tokens before."""
+
+    def __init__(self, model: HashModel, tokens: list[int] | None = None) -> None:
+        self.model, self.tokens = model, tokens or []
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def bytes(self) -> int:
+        return 8 * len(self.tokens)
+
+    def extend(self, ids: list[int], last: bool = False) -> torch.Tensor:
+        self.model.fed.append(list(ids))
+        self.model.before_step(ids)
+        self.tokens = self.tokens + list(ids)
+        seed = hash(tuple(self.tokens)) & 0x7FFFFFFF
+        logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed))
+        logits[:, 1] = -2  # the end is rare
+        return logits
+
+    def rewind(self, keep: int) -> None:
+        self.model.rewinds.append(keep)
+        self.tokens = self.tokens[:keep]
+
+    def fork(self) -> HashSession:
+        return HashSession(self.model, list(self.tokens))
+
+
+class HashModel:
+    config = CONFIG
+
+    def __init__(self) -> None:
+        self.fed: list[list[int]] = []
+        self.rewinds: list[int] = []
+        self.before_step: Callable[[Sequence[int]], None] = lambda ids: None
+
+    def session(self) -> Any:
+        return HashSession(self)
+
+
+@pytest.fixture
+def model() -> HashModel:
+    return HashModel()
+
+
+@pytest.fixture
+def engine(model: HashModel) -> Iterator[Engine]:
+    with Engine(model, prefill_chunk=16, max_running=4) as engine:
+        yield engine
+
+
+def params(n: int = 20, seed: int = 0, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=n, seed=seed, **more)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+
+
+# ---------------------------------------------------------------------- answers
+
+
+def test_an_answer_is_the_same_alone_and_beside_others(model: HashModel) -> None:
+    prompts = [[2 + i, *range(2, 2 + 7 * i)] for i in range(8)]
+    alone = []
+    for i, prompt in enumerate(prompts):
+        with Engine(model) as engine:
+            alone.append(engine.submit(prompt, params(seed=i)).result())
+    for chunk, running in ((1, 8), (16, 3), (512, 8)):
+        with Engine(model, prefill_chunk=chunk, max_running=running) as engine:
+            together = [engine.submit(p, params(seed=i)) for i, p in enumerate(prompts)]
+            assert [g.result() for g in together] == alone
+
+
+def test_requests_take_turns(engine: Engine, model: HashModel) -> None:
+    """No answer waits for another to finish, and a long prompt goes in between tokens."""
+    started = threading.Event()
+    model.before_step = lambda ids: started.wait(10) and None
+    short = engine.submit([5, 6], params(40))
+    long = engine.submit(list(range(2, 62)) * 3, params(3))
+    started.set()
+    short.result(), long.result()
+    chunks = [i for i, fed in enumerate(model.fed) if len(fed) > 2]
+    assert [len(model.fed[i]) for i in chunks] == [16] * 11 + [4]
+    between = [b - a for a, b in pairwise(chunks)]
+    assert set(between) <= {1, 2} and 2 in between
+
+
+def test_the_stop_token_ends_and_is_counted_but_not_given(engine: Engine) -> None:
+    free = engine.submit([9, 9], params(30)).result()
+    stopped = engine.submit([9, 9], params(30, stop_token_ids=(free[10],)))
+    assert stopped.result() == free[: free.index(free[10])]
+    assert stopped.finish_reason == "stop"
+    assert stopped.usage.completion_tokens == free.index(free[10]) + 1
+
+
+def test_the_models_end_token_stops_by_default(engine: Engine, model: HashModel) -> None:
+    endless = engine.submit([3], params(2000, stop_token_ids=()))
+    assert 1 in endless.result()  # rare, not impossible
+    with_end = engine.submit([3], params(2000))
+    assert with_end.result() == endless.tokens[: endless.tokens.index(1)]
+    assert (with_end.finish_reason, endless.finish_reason) == ("stop", "length")
+
+
+def test_logprobs_come_with_the_tokens_when_asked(engine: Engine) -> None:
+    tokens = list(engine.submit([4, 5], params(5, temperature=0, logprobs=2)))
+    for token in tokens:
+        assert token.logprob is not None
+        assert token.logprob.top[0] == (token.id, token.logprob.logprob)
+        assert len(token.logprob.top) == 2 and token.logprob.logprob < 0
+    assert all(t.logprob is None for t in engine.submit([4, 5], params(5)))
+
+
+def test_asyncio_and_threads_read_the_same(engine: Engine) -> None:
+    async def read() -> list[list[int]]:
+        async def one(generation: Generation) -> list[int]:
+            return [token.id async for token in generation]
+
+        return await asyncio.gather(*(one(engine.submit([7, i], params(30))) for i in range(2, 8)))
+
+    assert asyncio.run(read()) == [engine.submit([7, i], params(30)).result() for i in range(2, 8)]
+
+
+# ---------------------------------------------------------------------- reuse
+
+
+def test_a_continued_conversation_feeds_only_what_is_new(engine: Engine, model: HashModel) -> None:
+    first = engine.submit(list(range(2, 30)), params(10, stop_token_ids=()))
+    answer = first.result()
+    model.fed.clear()
+    second = engine.submit([*range(2, 30), *answer, 40, 41], params(1, stop_token_ids=()))
+    second.result()
+    # the answer's last token was given but never fed
+    assert second.usage.cached_tokens == 28 + 9
+    assert model.fed == [[answer[-1], 40, 41]]
+    assert model.rewinds == []  # taken, not forked
+
+
+def test_the_same_prompt_again_feeds_one_token(engine: Engine, model: HashModel) -> None:
+    prompt = list(range(2, 50))
+    once = engine.submit(prompt, params(12))
+    assert once.result() and once.usage.cached_tokens == 0
+    for _ in range(3):
+        again = engine.submit(prompt, params(12))
+        assert again.result() == once.tokens
+        assert again.usage.cached_tokens == len(prompt) - 1
+    wait_for(lambda: engine.stats().pooled == 1)  # equal timelines are kept once
+
+
+def test_a_shared_beginning_stays_with_both_conversations(engine: Engine) -> None:
+    system = list(range(2, 40))
+    for user in (50, 51, 52):
+        generation = engine.submit([*system, user, 60], params(6))
+        generation.result()
+        assert generation.usage.cached_tokens == (0 if user == 50 else len(system))
+    for user in (50, 51, 52):
+        generation = engine.submit([*system, user, 60, 61], params(2))
+        generation.result()
+        assert generation.usage.cached_tokens == len(system) + 2
+
+
+def test_a_running_request_lends_its_prompt(engine: Engine, model: HashModel) -> None:
+    prompt = list(range(2, 40))
+    busy = engine.submit(prompt, params(5000, stop_token_ids=()))
+    next(iter(busy))
+    second = engine.submit([*prompt, 50], params(2))
+    second.result()
+    assert second.usage.cached_tokens == len(prompt)
+    busy.cancel()
+
+
+def test_reuse_changes_no_answer(model: HashModel) -> None:
+    with Engine(model, session_pool=0) as cold:
+        expected = [cold.submit([2, 3, 4, *range(5, 5 + i)], params(15)).result() for i in range(9)]
+        assert cold.stats().pooled == 0
+    with Engine(model, session_pool=3) as warm:
+        for _ in range(2):
+            for i in range(9):
+                assert warm.submit([2, 3, 4, *range(5, 5 + i)], params(15)).result() == expected[i]
+        wait_for(lambda: warm.stats().pooled == 3)
+        assert warm.stats().pooled_bytes > 0
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2, 3], [1, 2, 3]) == 3
+    for n in range(40):
+        assert common_prefix([*range(n), 99, 5], [*range(n), 98, 5]) == n
+
+
+# ---------------------------------------------------------------------- limits, ends, failures
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_before_any_work(model: HashModel) -> None:
+    with Engine(model, context_length=10) as engine:
+        with pytest.raises(ContextLengthError) as refused:
+            engine.submit(list(range(2, 12)), params(5))
+        assert str(refused.value) == (
+            "This model's maximum context length is 10 tokens. However, you requested 15 tokens "
+            "(10 in the messages, 5 in the completion). Please reduce the length of the messages "
+            "or completion."
+        )
+        assert model.fed == []
+        cut = engine.submit(list(range(2, 9)), SamplingParams(stop_token_ids=()))
+        assert len(cut.result()) == 3 and cut.finish_reason == "length"
+
+
+@pytest.mark.parametrize("prompt", [[], [VOCAB], [-1]])
+def test_impossible_prompts_are_refused(engine: Engine, prompt: list[int]) -> None:
+    with pytest.raises(RequestError):
+        engine.submit(prompt)
+
+
+def test_a_full_line_is_refused_and_a_free_one_is_not(model: HashModel) -> None:
+    go = threading.Event()
+    model.before_step = lambda ids: go.wait(10) and None
+    with Engine(model, max_running=1, max_waiting=2) as engine:
+        first = engine.submit([2], params(2))
+        wait_for(lambda: engine.stats().running == 1)
+        waiting = [engine.submit([3], params(2)) for _ in range(2)]
+        with pytest.raises(EngineBusyError, match="too many requests"):
+            engine.submit([4])
+        waiting[0].cancel()
+        go.set()
+        assert len(first.result()) == 2 and len(waiting[1].result()) == 2
+        assert waiting[0].result() == [] and waiting[0].finish_reason == "cancelled"
+
+
+def test_cancel_ends_soon_and_frees_the_place(engine: Engine) -> None:
+    generation = engine.submit([2, 3], SamplingParams(seed=1, stop_token_ids=()))
+    tokens = iter(generation)
+    for _ in range(5):
+        next(tokens)
+    generation.cancel()
+    rest = list(tokens)
+    assert generation.finish_reason == "cancelled"
+    assert generation.usage.completion_tokens == len(rest) + 5 < 5000
+    wait_for(lambda: engine.stats()[:2] == (0, 0))
+
+
+def test_a_failing_step_fails_that_request_only(engine: Engine, model: HashModel) -> None:
+    def fail(ids: Sequence[int]) -> None:
+        if 63 in ids:
+            raise RuntimeError("a broken kernel")
+
+    model.before_step = fail
+    healthy = engine.submit([2, 3], params(50))
+    broken = engine.submit([63], params(5))
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        broken.result()
+    assert broken.finish_reason == "error"
+    assert healthy.result() and healthy.finish_reason in ("stop", "length")
+    assert engine.submit([4], params(3)).result()
+
+    async def read() -> None:
+        async for _ in engine.submit([63], params(5)):
+            pass
+
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        asyncio.run(read())
+
+
+def test_close_cancels_what_is_unfinished_and_can_be_repeated(model: HashModel) -> None:
+    engine = Engine(model, max_running=1)
+    running = engine.submit([2], SamplingParams(stop_token_ids=()))
+    waiting = engine.submit([3])
+    next(iter(running))
+    engine.close()
+    engine.close()
+    for generation in (running, waiting):
+        generation.result()
+        assert generation.finish_reason == "cancelled"
+    with pytest.raises(EngineBusyError, match="closed"):
+        engine.submit([4])
+    assert not any(t.name == "dsv4-engine" and t.is_alive() for t in threading.enumerate())
+
+
+def test_an_idle_engine_uses_no_processor(engine: Engine) -> None:
+    engine.submit([2], params(2)).result()
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1
+
+
+def test_usage_times_come_from_the_given_clock(model: HashModel) -> None:
+    ticks = iter(range(1000))
+    with Engine(model, clock=lambda: float(next(ticks))) as engine:
+        generation = engine.submit([2, 3], params(3))
+        generation.result()
+    usage = generation.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (2, 3)
+    assert (usage.queue_time, usage.prefill_time, usage.decode_time) == (1, 1, 1)
+
+
+# ---------------------------------------------------------------------- structure
+
+
+def imports_of(folder: str) -> dict[str, set[str]]:
+    """Module of dsv4 -> the modules it imports, by absolute name; type-only imports left out."""
+    root = Path(dsv4.__file__).parent
+    found: dict[str, set[str]] = {}
+    for file in (root / folder).rglob("*.py"):
+        package = ["dsv4", *file.parent.relative_to(root).parts]
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        typing_only = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+            for node in ast.walk(block)
+        }
+        names = found.setdefault(str(file.relative_to(root)), set())
+        for node in ast.walk(tree):
+            if id(node) in typing_only:
+                continue
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                start = ".".join([*base, *([node.module] if node.module else [])])
+                names |= {start} | {f"{start}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("engine", {"dsv4.encoding", "dsv4.tokenizer", "dsv4.api", "dsv4.server", "dsv4.cli"}),
+        ("server", {"torch", "dsv4.model", "dsv4.kernels", "dsv4.train", "dsv4.cli"}),
+    ],
+)
+def test_arrows_point_down(folder: str, forbidden: set[str]) -> None:
+    """The engine never sees text, the server never sees tensors."""
+    modules = imports_of(folder)
+    assert len(modules) >= 3
+    for module, names in modules.items():
+        bad = {n for n in names if any(n == f or n.startswith(f + ".") for f in forbidden)}
+        assert not bad, f"{module} imports {bad}"
