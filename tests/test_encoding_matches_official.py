@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv4.encoding import encode_messages, encode_segments
+from dsv4.encoding import BOS, EOS, encode_messages, encode_segments, parse_completion
 from dsv4.errors import EncodingError
 
 VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors" / "encoding"
@@ -85,7 +85,7 @@ def test_nothing_a_caller_or_a_tool_says_may_become_a_special_token() -> None:
         "id": "1",
         "function": {"name": evil, "arguments": json.dumps({evil: evil, "n": [evil]})},
     }
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": evil, "tools": [schema], "response_format": {"x": evil}},
         {"role": "latest_reminder", "content": evil},
         {"role": "user", "content": evil},
@@ -117,6 +117,64 @@ def test_what_the_official_encoder_cannot_render_is_refused(messages: list[Any])
 
 
 @pytest.mark.parametrize("bad", [{"thinking_mode": "on"}, {"reasoning_effort": "low"}])
-def test_unknown_modes_are_refused(bad: dict[str, str]) -> None:
+def test_unknown_modes_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(EncodingError, match="unknown"):
-        encode_messages([], **{"thinking_mode": "chat", **bad})
+        encode_messages([], **({"thinking_mode": "chat"} | bad))
+
+
+@needs_vectors
+def test_strict_parsing_of_random_completions() -> None:
+    for number, case in enumerate(lines("completions.jsonl")):
+        where = f"completions.jsonl line {number + 1}"
+        if "error" in case:
+            with pytest.raises(EncodingError):
+                parse_completion(case["completion"], case["thinking_mode"], strict=True)
+        else:
+            message = parse_completion(case["completion"], case["thinking_mode"], strict=True)
+            assert message == case["ok"], where
+
+
+CALL = '<｜DSML｜invoke name="f">\n{}</｜DSML｜invoke>\n'
+BLOCK = f"\n\n<｜DSML｜tool_calls>\n{CALL}</｜DSML｜tool_calls>"
+ARGUMENT = '<｜DSML｜parameter name="a" string="true">{}</｜DSML｜parameter>\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (BLOCK.format("\n"), "{}"),
+        (BLOCK.format(""), "{}"),
+        (BLOCK.format(ARGUMENT.format("")), '{"a": ""}'),
+        (BLOCK.format(ARGUMENT.format(f" </think>{EOS}<｜DSML｜invoke\n")),
+         f'{{"a": " </think>{EOS}<｜DSML｜invoke\\n"}}'),
+        (BLOCK.format(ARGUMENT.replace("true", "false").format("oops")), '{"a": oops}'),
+    ],
+)  # fmt: skip
+def test_what_the_strict_parser_lets_pass(text: str, arguments: str) -> None:
+    for end in ("", EOS):
+        (call,) = parse_completion(text + end, "chat", strict=True)["tool_calls"]
+        assert call["function"] == {"name": "f", "arguments": arguments}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no end",
+        f"a{EOS} ",
+        f"a{BOS}{EOS}",
+        f"a</think>{EOS}",
+        f"a<｜DSML｜{EOS}",
+        BLOCK.format("\n") + "\n",
+        BLOCK.format("\n") * 2,
+        BLOCK.format("\n")[1:],
+        BLOCK.format(ARGUMENT.format("x") * 2),
+        BLOCK.format(ARGUMENT.format("x").replace("true", "True")),
+        BLOCK.format(ARGUMENT.format("x").replace(' string="true"', "")),
+        BLOCK.format(ARGUMENT.format("x") + "\n"),
+        BLOCK.replace(CALL, CALL + "\n" + CALL).format("\n", "\n"),
+        BLOCK.replace(CALL, CALL[:-1]).format("\n"),
+    ],
+)
+def test_what_the_strict_parser_refuses(text: str) -> None:
+    with pytest.raises(EncodingError, match="not a well-formed completion"):
+        parse_completion(text, "chat", strict=True)
