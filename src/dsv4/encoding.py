@@ -1019,7 +1019,8 @@ class StreamingParser:
                 self._step(ch)
 
     def _show(self, text: str) -> None:
-        self._place.feed(text)
+        if self._active:
+            self._place.feed(text)
         text, self._space = self._space + text, ""
         self._emit(text)
 
