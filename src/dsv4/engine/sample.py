@@ -11,10 +11,13 @@ import secrets
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from ..errors import DSV4Error, RequestError
+
+Array = npt.NDArray[np.float64]
 
 MAX_OUTPUT = 393216  # the hosted service's largest max_tokens (384K)
 MAX_LOGPROBS = 20
@@ -80,47 +83,66 @@ def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
     Minus infinity in ``logits`` forbids a token. Raises DSV4Error when nothing is left to choose
     from, or when a logit is NaN.
     """
-    best = _argmax(logits)
+    values = _float64(logits)
+    best = int(values.argmax())  # the lowest id on ties; a NaN counts as largest
+    if not np.isfinite(values[best]):
+        raise DSV4Error(
+            "the model gave no usable logits",
+            expected="at least one finite value and no NaN",
+            got=f"a maximum of {values[best]}",
+            hint="check the checkpoint (dsv4 inspect), or load it with numerics='float32'",
+        )
     if params.temperature == 0:
         return best
-    # float64, because a float32 running sum over 129280 tokens can lose the tail
-    scaled = (logits.double() - logits[best].double()) / params.temperature
-    weight = scaled.exp()
-    order = None
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest token only
+        weight = np.exp((values - values[best]) / params.temperature)
+    mass = weight.cumsum()
+    ids = None
     if params.top_p < 1:
-        weight, order = weight.sort(descending=True, stable=True)
-    mass = weight.cumsum(0)  # sequential, so the rounding does not depend on the thread count
-    if order is not None:
-        # the first index whose mass reaches top_p is the last one kept
-        kept = int(torch.searchsorted(mass, params.top_p * mass[-1])) + 1
-        mass = mass[: min(kept, len(mass))]
+        weight, ids = _likeliest(weight, params.top_p * mass[-1])
+        mass = weight.cumsum()
     seed = secrets.randbits(64) if params.seed is None else params.seed
     point = uniform(seed, position) * mass[-1]
-    index = int(torch.searchsorted(mass, point, right=True))
-    if index >= len(mass):  # the point rounded up to the total; take the last possible token
-        index = int(torch.searchsorted(mass, mass[-1]))
-    return index if order is None else int(order[index])
+    index = int(mass.searchsorted(point, side="right"))
+    if index == len(mass):  # the point rounded up to the total: the last possible token
+        index = int(mass.searchsorted(mass[-1]))
+    return index if ids is None else int(ids[index])
 
 
 def logprob(logits: Tensor, token: int, top: int) -> Logprob:
     """The log-probability of ``token`` under ``logits`` ``[V]``, and the ``top`` likeliest."""
-    values = logits.double().log_softmax(0).clamp_min(UNLIKELY)
-    best = values.topk(min(top, len(values)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Logprob(float(values[token]), tuple(pairs))
+    values = _float64(logits)
+    largest = values.max()
+    values = values - (largest + np.log(np.exp(values - largest).sum()))
+    values = values.clip(min=UNLIKELY)
+    best = np.argsort(-values, kind="stable")[:top].tolist() if top else []
+    return Logprob(float(values[token]), tuple((i, float(values[i])) for i in best))
 
 
-def _argmax(logits: Tensor) -> int:
-    """The lowest id among the largest logits (torch's argmax promises no order on ties)."""
-    largest = logits.max()
-    if not torch.isfinite(largest):  # max carries a NaN through
-        raise DSV4Error(
-            "the model gave no usable logits",
-            expected="at least one finite value and no NaN",
-            got=f"a maximum of {float(largest)}",
-            hint="check the checkpoint (dsv4 inspect), or load it with numerics='float32'",
-        )
-    return int((logits == largest).nonzero()[0])
+def _float64(logits: Tensor) -> Array:
+    """In numpy, which uses one thread: no result depends on the number of threads.
+
+    float64, because a float32 running sum over 129280 tokens can lose the tail.
+    """
+    return logits.detach().float().numpy().astype(np.float64)
+
+
+def _likeliest(weight: Array, enough: float) -> tuple[Array, npt.NDArray[np.intp]]:
+    """The fewest largest weights that sum to ``enough``, largest first, and their ids.
+
+    Of equal weights the lowest ids come first. Sorting 129280 weights takes tens of
+    milliseconds, so only as many as needed are sorted.
+    """
+    count = 256
+    while True:
+        count = min(count, len(weight))
+        smallest = np.partition(weight, -count)[-count]
+        ids = (weight >= smallest).nonzero()[0]  # all that tie with the last one too
+        ids = ids[np.argsort(-weight[ids], kind="stable")]
+        kept = int(weight[ids].cumsum().searchsorted(enough)) + 1
+        if kept <= len(ids) or len(ids) == len(weight):
+            return weight[ids[:kept]], ids[:kept]
+        count *= 8
 
 
 def _mix(value: int) -> int:
