@@ -174,6 +174,16 @@ def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.tensor("hc_head_fn"), tensors["hc_head_fn"])
 
 
+def test_an_opened_checkpoint_survives_its_replacement(tiny: Path, tmp_path: Path) -> None:
+    Checkpoint.open(tiny).save(tmp_path / "m")
+    opened = Checkpoint.open(tmp_path / "m")
+    save_checkpoint(tmp_path / "m", TINY, synthesize(TINY, seed=9))
+    assert same_tensors(opened, Checkpoint.open(tiny))
+    for act in (opened.fingerprint, opened.check_values, lambda: opened.save(tmp_path / "n")):
+        with pytest.raises(CheckpointError, match="changed since"):
+            act()
+
+
 def test_fingerprint_follows_config_and_weights(tiny: Path, tmp_path: Path) -> None:
     original = Checkpoint.open(tiny)
     original.save(tmp_path / "copy")

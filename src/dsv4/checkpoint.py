@@ -30,9 +30,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -275,33 +275,55 @@ def _check_values(name: str, tensor: Tensor, config: V4Config) -> None:
 @dataclass(frozen=True)
 class _Shard:
     path: Path
-    size: int  # bytes of the file
+    identity: tuple[int, int, int]  # size, inode, time of change: what was validated
     header: bytes
     entries: dict[str, tuple[TensorSpec, int]]  # name -> spec, offset in the file
-    maps: list[mmap.mmap] = field(default_factory=list)  # filled on first use
+    mapped: mmap.mmap
+
+    @property
+    def size(self) -> int:
+        return self.identity[0]
 
     def tensor(self, name: str) -> Tensor:
         spec, offset = self.entries[name]
-        if not self.maps:
-            # A private mapping without reserved swap: tensors are writable without touching the
-            # file (so torch does not warn), and a shard larger than memory can still be mapped.
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-            if sys.platform == "darwin":
-                flags = mmap.MAP_PRIVATE
-            with self.path.open("rb") as f:
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                self.maps.append(mmap.mmap(f.fileno(), 0, flags=flags, prot=protection))
         dtype = _TORCH[spec.dtype]
         if offset % dtype.itemsize:  # legal in the format, but not for every CPU
-            data = bytearray(self.maps[0][offset : offset + spec.bytes])
+            data = bytearray(self.mapped[offset : offset + spec.bytes])
             return torch.frombuffer(data, dtype=dtype).view(spec.shape)
-        flat = torch.frombuffer(self.maps[0], dtype=dtype, count=spec.elements, offset=offset)
+        flat = torch.frombuffer(self.mapped, dtype=dtype, count=spec.elements, offset=offset)
         return flat.view(spec.shape)
 
-    def release(self) -> None:
-        """Drop the pages read so far from this process (and what was written to them)."""
-        for mapped in self.maps:
-            mapped.madvise(mmap.MADV_DONTNEED)
+    def reopen(self) -> BinaryIO:
+        """The same file again; raises CheckpointError if another has taken its name."""
+        f = self.path.open("rb")
+        if _identity(f) != self.identity:
+            f.close()
+            raise CheckpointError(
+                f"{self.path} changed since it was opened",
+                expected=f"the file of {self.size:,} bytes that was validated",
+                got="another one under its name",
+                hint="open the checkpoint again",
+            )
+        return f
+
+    def remapped(self) -> _Shard:
+        """A shard with a mapping of its own, so that its pages can be given back."""
+        with self.reopen() as f:
+            return replace(self, mapped=_map(f))
+
+
+def _identity(f: BinaryIO) -> tuple[int, int, int]:
+    status = os.fstat(f.fileno())
+    return status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def _map(f: BinaryIO) -> mmap.mmap:
+    """A private mapping without reserved swap: tensors are writable without touching the file
+    (so torch does not warn), and a shard larger than memory can still be mapped."""
+    flags = mmap.MAP_PRIVATE
+    if sys.platform == "linux":
+        flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)  # in the module since Python 3.13
+    return mmap.mmap(f.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -335,8 +357,9 @@ def _read_shard(path: Path) -> _Shard:
     """Read and check the header of one safetensors file; the data is not touched."""
     again = "the file is damaged or half downloaded: fetch it again"
     try:
-        size = path.stat().st_size
         with path.open("rb") as f:
+            identity = _identity(f)
+            size = identity[0]
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise CheckpointError(
@@ -346,6 +369,7 @@ def _read_shard(path: Path) -> _Shard:
                     hint=again,
                 )
             header = f.read(length)
+            mapped = _map(f)
     except OSError as e:
         raise CheckpointError(
             f"cannot read {path}", expected="a safetensors file", got=e, hint="check the path"
@@ -408,7 +432,7 @@ def _read_shard(path: Path) -> _Shard:
             got=f"{size:,} bytes",
             hint=again,
         )
-    return _Shard(path, size, header, entries)
+    return _Shard(path, identity, header, entries, mapped)
 
 
 def _read_shards(folder: Path) -> list[_Shard]:
@@ -567,6 +591,12 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: {str(e).splitlines()[0]}", expected=e.expected, got=e.got, hint=e.hint
             ) from e
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
+            raise CheckpointError(
+                f"{folder}: config.json holds a value of a wrong kind",
+                expected="values like those of a published config.json",
+                got=f"{type(e).__name__}: {e}",
+            ) from e
         shards = _read_shards(folder)
         got = {name: spec for s in shards for name, (spec, _) in s.entries.items()}
         stored = _stored_format(got)
@@ -607,7 +637,7 @@ class Checkpoint:
     def check_values(self, progress: Progress | None = None) -> None:
         """Refuse NaN scales and impossible expert ids, one tensor at a time."""
         for shard in self._shards:
-            private = replace(shard, maps=[])  # unmapped when done, so the pages go too
+            private = shard.remapped()  # unmapped when done, so the pages go too
             for name, (spec, _) in shard.entries.items():
                 if name.endswith((".scale", ".tid2eid")):
                     _check_values(name, private.tensor(name), self.config)
@@ -625,7 +655,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for shard in self._shards:
             digest.update(shard.header)
-            with shard.path.open("rb") as f:
+            with shard.reopen() as f:
                 if shard.size <= whole:
                     digest.update(f.read())
                 else:
@@ -660,7 +690,8 @@ class Checkpoint:
             _check_fits(name, tensor, self.specs[name], self.config)
         with _staged(Path(path), sum(s.size for s in self._shards)) as folder:
             for shard in self._shards:
-                shutil.copyfile(shard.path, folder / shard.path.name)
+                with shard.reopen() as old, (folder / shard.path.name).open("wb") as new:
+                    shutil.copyfileobj(old, new, 2**22)
                 if progress:
                     progress(shard.size)
             for name, tensor in changed.items():
@@ -916,7 +947,7 @@ def convert(
     equal the trunk's, and refused otherwise.
     """
     opened = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    shards = [replace(shard, maps=[]) for shard in opened._shards]  # ours to release
+    shards = [shard.remapped() for shard in opened._shards]  # ours to release
     checkpoint = Checkpoint(opened.path, opened.config, shards)
     config = with_format(checkpoint.config, to)
     save_checkpoint(
@@ -948,7 +979,7 @@ def _converted(source: Checkpoint, config: V4Config) -> Iterator[tuple[str, Tens
         if read > _RELEASE_EVERY:
             read = 0
             for shard in source._shards:
-                shard.release()
+                shard.mapped.madvise(mmap.MADV_DONTNEED)
         origin = name if name in source.specs else _MTP_COPIES[name]
         scale_name = name.removesuffix("weight") + "scale"
         weight = source.tensor(origin)
