@@ -482,7 +482,7 @@ class _Collapsing(nn.Module):
         logits = kernels.hc_logits(streams, self.hc_head_fn, run.config.rms_norm_eps)
         pre = torch.sigmoid(logits * self.hc_head_scale + self.hc_head_base) + run.config.hc_eps
         x = self.norm(kernels.hc_collapse(streams, pre, run.nx.dtype))
-        return kernels.head(x, head.weight, run.nx.dtype)
+        return kernels.head(x, head.weight)
 
 
 class MTPEmbedding(nn.Module):
@@ -507,16 +507,18 @@ class MTPBlock(Block, _Collapsing):
         self.head = Head(c.vocab_size, c.hidden_size) if c.is_base else None
 
     def predict(
-        self, streams: Tensor, run: Pass, embed: Embedding, head: Head, state: AttentionState | None
+        self, streams: Tensor, run: Pass, embed: Embedding, state: AttentionState | None = None
     ) -> Tensor:
-        """Logits ``[B, T, V]``; ``run.ids`` are the tokens after those that made ``streams``."""
+        """Streams ``[B, T, h, d]`` for the token after ``run.ids [B, T]``, which are the tokens
+        after those that made ``streams``."""
         nx = run.nx
         table = embed if self.emb is None else self.emb.tok_emb
         e = self.enorm(table(run.ids, nx.dtype))
         h = self.hnorm(streams)
         e = self.e_proj(self.e_proj.rounded(e, nx), nx).unsqueeze(-2)
         mixed = e + self.h_proj(self.h_proj.rounded(h, nx), nx)
-        return self.collapse(self(mixed, run, state), run, head if self.head is None else self.head)
+        mixed_streams: Tensor = self(mixed, run, state)
+        return mixed_streams
 
 
 class Transformer(_Collapsing):
@@ -560,15 +562,25 @@ class Transformer(_Collapsing):
         """Next-token logits ``[..., V]`` (float32) of the trunk's streams."""
         return self.collapse(streams, run, self.head)
 
-    def mtp_logits(self, streams: Tensor, run: Pass) -> Tensor:
-        """Logits ``[B, T - 1, V]`` of the token after the next; ``run`` made the ``streams``."""
+    def mtp_streams(self, streams: Tensor, run: Pass) -> Tensor:
+        """The MTP block's streams ``[B, T - 1, h, d]``; ``run`` made the trunk's ``streams``."""
         if not self.mtp:
-            raise ConfigError("this model has no MTP block", expected="num_nextn_predict_layers 1",
-                              got=0)
+            raise ConfigError(
+                "this model has no MTP block", expected="num_nextn_predict_layers 1", got=0
+            )
         after = Pass(self.config, run.nx, run.ids[:, 1:], run.start, None, run.balance)
+        return self._mtp.predict(streams[:, :-1], after, self.embed)
+
+    def mtp_logits(self, mtp_streams: Tensor, run: Pass) -> Tensor:
+        """Logits ``[..., V]`` (float32) of the token after the next, from ``mtp_streams``."""
+        block = self._mtp
+        return block.collapse(mtp_streams, run, self.head if block.head is None else block.head)
+
+    @property
+    def _mtp(self) -> MTPBlock:
         block = self.mtp[0]
         assert isinstance(block, MTPBlock)
-        return block.predict(streams[:, :-1], after, self.embed, self.head, None)
+        return block
 
     def forward(self, ids: Tensor, nx: Numerics = FLOAT32) -> Tensor:
         """Logits ``[B, T, V]`` of whole sequences ``ids [B, T]``."""
@@ -588,33 +600,37 @@ class Transformer(_Collapsing):
             parameter = nn.Parameter(tensor(name), requires_grad=False)
             setattr(modules[owner], leaf, parameter)
 
-    def init_weights(self, seed: int = 0, std: float = 0.006) -> None:
+    def init_weights(self, seed: int = 0, std: float | None = None) -> None:
         """Float32 masters for training, ready to learn; ``seed`` decides everything.
 
-        Matrices normal with ``std`` (0.006 by V3's inheritance; small models want about
-        ``hidden ** -0.5``), norms one, biases and sinks zero. mHC starts as a plain residual:
-        streams read evenly, written with weight one, and hardly mixed.
+        Matrices are normal with ``std`` (V3 used 0.006), or, by default, with ``fan_in ** -0.5``,
+        except that blocks write nothing into the streams at first and the embedding has std 1,
+        which is what small models want. Norms are one, biases and sinks zero. mHC starts as a
+        plain residual: streams read evenly, written with weight one, and hardly mixed.
         """
         generator = torch.Generator().manual_seed(seed)
         h = self.config.hc_mult
         for name, parameter in list(self.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
-            shape = parameter.shape
-            value = torch.zeros(shape)
+            value = torch.zeros(parameter.shape)
             if leaf == "tid2eid":
                 value = hash_routing(self.config)
             elif leaf.endswith("_scale"):
                 value.fill_(0.01)
-            elif leaf.endswith("hc_head_base"):
-                value.fill_(-math.log(h - 1))
+            elif leaf == "hc_head_base":
+                value.fill_(-math.log(h - 1) if h > 1 else 4.0)
             elif leaf.endswith("_base"):
                 value[:h] = -math.log(h - 1) if h > 1 else 4.0
                 value[2 * h :] = (4 * torch.eye(h)).flatten()
             elif isinstance(module, Norm):
                 value.fill_(1.0)
+            elif std is None and isinstance(module, Embedding):
+                value.normal_(0, 1, generator=generator)
+            elif std is None and (isinstance(module, Head) or owner.endswith((".wo_b", ".w2"))):
+                pass
             elif parameter.dim() == 2 and leaf != "ape":
-                value.normal_(0, std, generator=generator)
+                value.normal_(0, std or parameter.shape[1] ** -0.5, generator=generator)
             trainable = leaf not in ("tid2eid", "bias")
             setattr(module, leaf, nn.Parameter(value, requires_grad=trainable))
 

@@ -57,20 +57,17 @@ def grouped_linear(
 ) -> Tensor:
     """``x [..., G, K]`` times the G slices of ``weight [G * R, K]``: ``[..., G, R]``."""
     mm = matmul_dtype(dtype)
-    groups = x.shape[-2]
-    w = dequantize(weight, scale, mm).unflatten(0, (groups, -1))
-    rows = x.to(mm).flatten(0, -3).transpose(0, 1)
-    return torch.bmm(rows, w.transpose(1, 2)).transpose(0, 1).to(dtype).view(*x.shape[:-1], -1)
+    w = dequantize(weight, scale, mm).chunk(x.shape[-2])
+    parts = [F.linear(part, w[g]) for g, part in enumerate(x.to(mm).unbind(-2))]
+    return torch.stack(parts, -2).to(dtype)
 
 
-def head(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def head(x: Tensor, weight: Tensor) -> Tensor:
     """Logits ``[..., V]`` in float32; the weight is widened a slice at a time."""
-    if torch.is_grad_enabled() or x.shape[:-1].numel() > 64:
-        if dtype == torch.bfloat16 and torch.is_grad_enabled():
-            return F.linear(x.to(dtype), weight.to(dtype)).float()
-    x = x.float()
+    if torch.is_grad_enabled():
+        return F.linear(x, weight.to(x.dtype)).float()
     slices = weight.split(max(1, (1 << 22) // weight.shape[1]))
-    return torch.cat([F.linear(x, w.float()) for w in slices], -1)
+    return torch.cat([F.linear(x.float(), w.float()) for w in slices], -1)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -116,9 +113,10 @@ class Mix(NamedTuple):
 
 def hc_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     """Mixing logits ``[..., M]`` of ``streams [..., h, d]``: RMS-normalised, times ``fn``."""
-    flat = streams.flatten(-2).float()
-    scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
-    return F.linear(flat, fn.float()) * scale
+    flat = streams.flatten(-2)
+    scale = torch.rsqrt(flat.float().square().mean(-1, keepdim=True) + eps)
+    mm = flat.dtype if torch.is_grad_enabled() else torch.float32
+    return F.linear(flat.to(mm), fn.to(mm)).float() * scale
 
 
 def hc_split(logits: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float) -> Mix:

@@ -1,0 +1,351 @@
+"""Pre-training, plain: read a recipe, take batches by number, step, log, checkpoint, export.
+
+A run is a folder: ``recipe.toml`` (a copy), ``log.jsonl`` (a line per logged step), ``state.pt``
+(everything needed to go on bit for bit), ``parent/`` (the float model) and ``model/`` (the same in
+the official instruct format). Stopping it at any moment loses at most the steps since the last
+checkpoint; running the same command again goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import kernels, quant
+from ..checkpoint import inventory, save_checkpoint
+from ..config import PRESETS, V4Config
+from ..errors import TrainingError
+from ..model import TRAIN, TRAIN_QAT, Gate, MoE, Transformer
+from ..tokenizer import Tokenizer
+from .data import batches, corpus_for_tokenizer, ramp
+from .optim import MuonAdamW, OptimSettings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is. Every field can be set in the TOML file; unknown keys are refused."""
+
+    preset: str = "nano"
+    model: dict[str, Any] = field(default_factory=dict)  # config keys that differ from the preset
+    seed: int = 0
+    steps: int = 3000
+    tokens_per_batch: int = 4096
+    first_length: int = 192  # tokens of the longest recall document at first
+    last_length: int = 2048  # and at the end of the length ramp
+    ramp_steps: int = 1200
+    task_weights: dict[str, float] = field(default_factory=dict)
+    lr: float = 5e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 60
+    decay_from: float = 0.5  # share of the run after which the cosine decay starts
+    final_lr: float = 0.05  # share of lr at the end
+    mtp_weight: float = 0.3  # until the decay starts, then a third of it
+    balance_weight: float = 1e-4
+    bias_update: float = 1e-3
+    grad_clip: float = 1.0
+    qat_from: float = 0.8  # share of the run after which weights pass through FP4 / FP8
+    vocab_documents: int = 20000
+    checkpoint_minutes: float = 3.0
+    log_every: int = 10
+    compile: bool = True
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """From a TOML file; TrainingError for unknown keys, wrong types and missing files."""
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise TrainingError(
+                "no such recipe", expected="a TOML file", got=path, hint="see recipes/"
+            ) from e
+        except tomllib.TOMLDecodeError as e:
+            raise TrainingError(f"{path} is not TOML", got=e) from e
+        known = {f.name: f for f in fields(cls)}
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise TrainingError(
+                f"{path} has keys that no recipe has",
+                expected=", ".join(known),
+                got=", ".join(unknown),
+            )
+        for key, value in data.items():
+            expected = type(getattr(cls(), key))
+            if expected is float and type(value) is int:
+                data[key] = float(value)
+            elif type(value) is not expected:
+                raise TrainingError(
+                    f"{path}: {key}", expected=expected.__name__, got=repr(value)
+                )
+        recipe = cls(**data)
+        if recipe.preset not in PRESETS:
+            raise TrainingError("preset", expected=", ".join(PRESETS), got=recipe.preset)
+        return recipe
+
+    def config(self) -> V4Config:
+        """The model's configuration."""
+        return replace(V4Config.preset(self.preset), **self.model)
+
+    def lr_factor(self, step: int) -> float:
+        """Warm-up, constant, cosine end; ``step`` counts from 0."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        start = self.decay_from * self.steps
+        if step < start:
+            return 1.0
+        done = min(1.0, (step - start) / max(1.0, self.steps - start))
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Run:
+    """One training run in a folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = recipe.config()
+        self.tokenizer = self._tokenizer()
+        self.net = Transformer(self.config)
+        self.net.init_weights(recipe.seed)
+        settings = OptimSettings(lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.optim = MuonAdamW(self.net.named_parameters(), settings)
+        self.gates = [m for m in self.net.modules() if isinstance(m, Gate) and m.bias is not None]
+        self.resumed = self._resume()
+
+    def _tokenizer(self) -> Tokenizer:
+        file = self.folder / "tokenizer"
+        if not (file / "tokenizer.json").exists():
+            r = self.recipe
+            corpus = corpus_for_tokenizer(r.seed, r.vocab_documents)
+            Tokenizer.train(corpus, self.config.vocab_size, progress=False).save(file)
+        return Tokenizer.load(file)
+
+    # ------------------------------------------------------------ one step
+
+    def loss(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float], Any]:
+        """The training loss of one batch, its parts, and what each router did."""
+        r, net = self.recipe, self.net
+        nx = TRAIN_QAT if self.step >= r.qat_from * r.steps else TRAIN
+        run = net.start(ids, nx)
+        run.balance = []
+        streams = net.trunk(run)
+        main = self._token_loss(streams[:, :-1], ids[:, 1:], weights[:, 1:], run, net.logits)
+        total, parts = main, {"loss": main.item()}
+        if net.mtp and r.mtp_weight:
+            ahead = net.mtp_streams(streams, run)[:, :-1]
+            mtp = self._token_loss(ahead, ids[:, 2:], weights[:, 2:], run, net.mtp_logits)
+            late = self.step >= r.decay_from * r.steps
+            total = total + r.mtp_weight * (1 / 3 if late else 1.0) * mtp
+            parts["mtp"] = mtp.item()
+        for scores, chosen in run.balance:
+            share = torch.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.numel()
+            wanted = (scores / scores.sum(-1, keepdim=True)).mean(0)
+            total = total + r.balance_weight * scores.shape[1] * (share * wanted).sum()
+        return total, parts, run.balance
+
+    @staticmethod
+    def _token_loss(streams: Tensor, targets: Tensor, weights: Tensor, run: Any, head: Any) -> Tensor:
+        """Mean cross-entropy over the tokens that count; only their logits are computed."""
+        at = weights.flatten().nonzero().squeeze(1)
+        logits = head(streams.flatten(0, 1)[at], run)
+        losses = F.cross_entropy(logits, targets.flatten()[at], reduction="none")
+        w = weights.flatten()[at]
+        return (losses * w).sum() / w.sum().clamp_min(1.0)
+
+    def train_step(self, ids: Tensor, weights: Tensor) -> dict[str, float]:
+        """One update; returns what is worth logging. TrainingError when the loss is not finite."""
+        r = self.recipe
+        total, parts, routed = self.loss(ids, weights)
+        if not math.isfinite(parts["loss"]):
+            raise TrainingError(
+                f"the loss is {parts['loss']} at step {self.step}",
+                hint="lower lr; the last good state is in state.pt",
+            )
+        total.backward()  # type: ignore[no-untyped-call]
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        for p in trained:  # experts that saw no token
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        norm = torch.nn.utils.clip_grad_norm_(trained, r.grad_clip)
+        self.optim.step(r.lr_factor(self.step))
+        for p in trained:
+            p.grad = None
+        worst = 1.0
+        with torch.no_grad():
+            for gate, (_, chosen) in zip(self.gates, routed, strict=True):
+                assert gate.bias is not None
+                load = torch.bincount(chosen.flatten(), minlength=len(gate.bias)).float()
+                gate.bias += r.bias_update * torch.sign(load.mean() - load)
+                worst = max(worst, float(load.max() / load.mean()))
+        return parts | {"grad_norm": float(norm), "worst_load": worst}
+
+    # ------------------------------------------------------------ the run
+
+    def data(self) -> Iterator[tuple[Tensor, Tensor]]:
+        r = self.recipe
+        return batches(
+            self.tokenizer,
+            r.seed,
+            r.tokens_per_batch,
+            ramp(r.first_length, r.last_length, r.ramp_steps),
+            self.step,
+            weights=r.task_weights or None,
+        )
+
+    def train(self) -> None:
+        """Go on until ``steps``; Ctrl-C saves and stops. Exports at the end."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        r = self.recipe
+        if r.compile:
+            kernels.compile_elementwise()
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        saved = time.monotonic()
+        window: list[dict[str, float]] = []
+        stream = self.data()
+        with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("training", total=r.steps, completed=self.step)
+            log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+            try:
+                while self.step < r.steps:
+                    began = time.perf_counter()
+                    ids, weights = next(stream)
+                    window.append(self.train_step(ids, weights))
+                    self.step += 1
+                    self.tokens += ids.numel()
+                    took = time.perf_counter() - began
+                    self.seconds += took
+                    window[-1]["tokens_per_s"] = ids.numel() / took
+                    if self.step % r.log_every == 0:
+                        mean = {
+                            k: sum(w[k] for w in window if k in w) / len(window) for k in window[-1]
+                        }
+                        window.clear()
+                        line = {
+                            "step": self.step,
+                            "tokens": self.tokens,
+                            "seconds": round(self.seconds, 1),
+                            "lr": r.lr * r.lr_factor(self.step - 1),
+                        } | {k: round(v, 5) for k, v in mean.items()}
+                        log.write(json.dumps(line) + "\n")
+                        log.flush()
+                        text = f"loss {mean['loss']:.3f}  {mean['tokens_per_s']:.0f} tok/s"
+                        bar.update(task, description=text)
+                    bar.update(task, completed=self.step)
+                    if time.monotonic() - saved > 60 * r.checkpoint_minutes:
+                        self.save()
+                        saved = time.monotonic()
+            except KeyboardInterrupt:
+                print("stopped; the same command goes on from here", file=sys.stderr)
+                return
+            finally:
+                log.close()
+                self.save()
+        self.export()
+
+    # ------------------------------------------------------------ files
+
+    def save(self) -> None:
+        """Write ``state.pt`` whole or not at all."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "config": self.config.to_dict(),
+            "model": self.net.state_dict(),
+            "optim": self.optim.state_dict(),
+        }
+        fresh = self.folder / "state.pt.new"
+        with fresh.open("wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        fresh.replace(self.folder / "state.pt")
+
+    def _resume(self) -> bool:
+        file = self.folder / "state.pt"
+        if not file.exists():
+            return False
+        try:
+            state = torch.load(file, weights_only=True)
+        except Exception as e:
+            raise TrainingError(
+                f"{file} cannot be read", got=e, hint="delete it to start over"
+            ) from e
+        if state["config"] != self.config.to_dict():
+            raise TrainingError(
+                f"{file} is a run of another model",
+                expected="the recipe's configuration",
+                hint="give another --out folder",
+            )
+        self.net.load_state_dict(state["model"])
+        self.optim.load_state_dict(state["optim"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        return True
+
+    def export(self) -> None:
+        """Write ``parent/`` (BF16) and ``model/`` (official instruct format)."""
+        export(self.net, self.folder / "parent", _float_config(self.config), self.tokenizer)
+        export(self.net, self.folder / "model", self.config, self.tokenizer)
+
+
+def _float_config(config: V4Config) -> V4Config:
+    return replace(config, expert_dtype="bf16", quantization_config=None)
+
+
+_STORE = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
+
+
+def export(net: Transformer, folder: Path, config: V4Config, tokenizer: Tokenizer) -> None:
+    """Write float masters as an official checkpoint of ``config``'s format, tokenizer included."""
+    masters = net.state_dict()
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        scales: dict[str, Tensor] = {}
+        for name, spec in sorted(inventory(config).items(), key=lambda x: x[0].endswith(".scale")):
+            if name in scales:
+                yield name, scales.pop(name)
+                continue
+            value = masters[name]
+            if spec.dtype in _STORE:
+                yield name, value.to(_STORE[spec.dtype])
+                continue
+            make = quant.quantize_fp4 if spec.dtype == "I8" else quant.quantize_fp8
+            codes, scale = make(value)
+            scales[name.removesuffix("weight") + "scale"] = scale
+            yield name, codes
+
+    save_checkpoint(folder, config, dict(tensors()))
+    tokenizer.save(folder)
