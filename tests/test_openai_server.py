@@ -9,20 +9,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
 import uvicorn
+from scripted_models import ScriptedModel, TinyModel, small_tokenizer
 
-from dsv4.config import V4Config
-from dsv4.encoding import ASSISTANT, DSML, EOS, SPECIAL_TOKENS
-from dsv4.engine.session import Session
+from dsv4.encoding import ASSISTANT, DSML, EOS
 from dsv4.errors import ConfigError
-from dsv4.model import FLOAT32, Transformer
 from dsv4.server import Backend, LocalBackend, create_app, listen
 from dsv4.server.backend import ContentDelta, Finish, ScriptedBackend, StopStrings, Usage
 from dsv4.tokenizer import Tokenizer
@@ -47,74 +43,6 @@ CALL = (
     f'<{DSML}parameter name="days" string="false">3</{DSML}parameter>\n'
     f"</{DSML}invoke>\n</{DSML}tool_calls>"
 )
-
-
-# ---------------------------------------------------------------------- models
-
-
-class TinyModel:
-    """A real three-layer V4 with random weights."""
-
-    name = "v4-tiny"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.config = replace(
-            V4Config.preset("nano"),
-            vocab_size=tokenizer.vocab_size,
-            num_hidden_layers=3,
-            compress_ratios=(0, 4, 128, 0),
-            max_position_embeddings=2048,
-        )
-        self._net = Transformer(self.config)
-        self._net.init_weights(seed=1, std=0.03)
-
-    def session(self) -> Session:
-        return Session(self._net, FLOAT32)
-
-
-class ScriptedSession:
-    """Says what the model's script says, whatever the prompt was."""
-
-    def __init__(self, model: ScriptedModel, tokens: list[int] | None = None) -> None:
-        self.model, self.tokens = model, tokens or []
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def bytes(self) -> int:
-        return 0
-
-    def extend(self, ids: list[int], last: bool = False) -> torch.Tensor:
-        self.tokens = self.tokens + ids
-        time.sleep(self.model.pause)
-        tokenizer = self.model.tokenizer
-        script = [*tokenizer.encode(self.model.script, allow_special=True), tokenizer.eos_id]
-        logits = torch.zeros(1, tokenizer.vocab_size)
-        start = tokenizer.special_id(ASSISTANT)
-        if start in self.tokens:
-            said = self.tokens[::-1].index(start) - 1  # after <think> or </think>
-            logits[0, script[said] if 0 <= said < len(script) else tokenizer.eos_id] = 30
-        return logits
-
-    def rewind(self, keep: int) -> None:
-        self.tokens = self.tokens[:keep]
-
-    def fork(self) -> ScriptedSession:
-        return ScriptedSession(self.model, list(self.tokens))
-
-
-class ScriptedModel:
-    name = "v4-scripted"
-    script = ""
-    pause = 0.0
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.config = replace(V4Config.preset("nano"), vocab_size=tokenizer.vocab_size)
-
-    def session(self) -> ScriptedSession:
-        return ScriptedSession(self)
 
 
 # ---------------------------------------------------------------------- servers
@@ -165,20 +93,19 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    texts = ["What is the weather in Paris for 3 days? get_weather city string true false name"] * 3
-    return Tokenizer.train(texts, len(SPECIAL_TOKENS) + 256 + 60, progress=False)
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def tiny(tokenizer: Tokenizer) -> Iterator[Server]:
-    with Server(LocalBackend(TinyModel(tokenizer))) as server:  # type: ignore[arg-type]
+    with Server(LocalBackend(TinyModel(tokenizer))) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def scripted_server(tokenizer: Tokenizer) -> Iterator[tuple[Server, ScriptedModel]]:
     model = ScriptedModel(tokenizer)
-    with Server(LocalBackend(model), keep_alive=0.1) as server:  # type: ignore[arg-type]
+    with Server(LocalBackend(model), keep_alive=0.1) as server:
         yield server, model
 
 
@@ -381,7 +308,7 @@ def test_the_openai_helper_for_streams_assembles_the_call(scripted: Callable[...
     server = scripted(CALL)
     with server.client.chat.completions.stream(
         model="x", messages=HELLO, tools=[WEATHER], extra_body=OFF
-    ) as stream:  # type: ignore[arg-type]
+    ) as stream:
         for _ in stream:
             pass
         message = stream.get_final_completion().choices[0].message
@@ -634,7 +561,7 @@ def test_a_strict_server_refuses_other_names() -> None:
 
 
 def test_official_sampling_ignores_temperature_when_thinking(tokenizer: Tokenizer) -> None:
-    backend = LocalBackend(TinyModel(tokenizer))  # type: ignore[arg-type]
+    backend = LocalBackend(TinyModel(tokenizer))
     with Server(backend, official_sampling=True) as server:
 
         def say(temperature: float, **more: Any) -> Any:
@@ -647,9 +574,9 @@ def test_official_sampling_ignores_temperature_when_thinking(tokenizer: Tokenize
 
 def test_a_model_without_a_tokenizer_is_refused(tokenizer: Tokenizer) -> None:
     model = ScriptedModel(tokenizer)
-    model.tokenizer = None  # type: ignore[assignment]
+    model.tokenizer = None
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        LocalBackend(model)  # type: ignore[arg-type]
+        LocalBackend(model)
 
 
 # ---------------------------------------------------------------------- what is served
@@ -740,7 +667,7 @@ def test_a_client_that_leaves_stops_its_generation(
 def test_closing_the_backend_ends_streams_properly(tokenizer: Tokenizer) -> None:
     model = ScriptedModel(tokenizer)
     model.script, model.pause = "word " * 5000, 0.002
-    with Server(LocalBackend(model)) as server:  # type: ignore[arg-type]
+    with Server(LocalBackend(model)) as server:
         stream = ask(server, stream=True, extra_body=OFF)
         next(stream)
         server.backend.close()
@@ -752,7 +679,7 @@ def test_closing_the_backend_ends_streams_properly(tokenizer: Tokenizer) -> None
 def test_too_many_requests_are_told_to_come_back(tokenizer: Tokenizer) -> None:
     model = ScriptedModel(tokenizer)
     model.script, model.pause = "word " * 5000, 0.002
-    backend = LocalBackend(model, max_running=1, max_waiting=0)  # type: ignore[arg-type]
+    backend = LocalBackend(model, max_running=1, max_waiting=0)
     with Server(backend) as server:
         # nothing may wait, so nothing is admitted
         assert server.post({"messages": HELLO}).status_code == 429
