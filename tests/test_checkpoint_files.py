@@ -287,6 +287,18 @@ def test_saving_over_a_checkpoint_keeps_its_side_files(tiny: Path, tmp_path: Pat
     assert target.stat().st_mode & 0o444 == mode & 0o444 and os.access(target, os.X_OK)
 
 
+def test_replacing_works_where_names_cannot_be_swapped(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two-step way, for file systems without an atomic exchange."""
+    monkeypatch.setattr("dsv4.checkpoint._exchange", lambda a, b: False)
+    for seed in (1, 2):
+        save_checkpoint(tmp_path / "m", TINY, synthesize(TINY, seed))
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    save_checkpoint(tmp_path / "same", TINY, synthesize(TINY, 2))
+    assert same_tensors(Checkpoint.open(tmp_path / "m"), Checkpoint.open(tmp_path / "same"))
+
+
 def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"meow")
