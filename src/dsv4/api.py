@@ -1,0 +1,206 @@
+"""``load`` and ``Model``: the parts put together for people who write Python.
+
+    import dsv4
+    m = dsv4.load("v4-nano")
+    print(m.chat([{"role": "user", "content": "What is 47 + 85?"}], thinking="high"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import encoding
+from .checkpoint import Checkpoint
+from .config import V4Config
+from .engine.sample import SamplingParams, sample
+from .engine.session import Session, check_ids
+from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
+from .model import Numerics, Pass, Transformer, numerics
+from .tokenizer import Tokenizer
+
+SHIPPED = Path(__file__).parent / "models"
+
+
+def load(name_or_path: str | Path = "v4-nano", numerics: str = "official") -> Model:
+    """A model that ships in the package, by name, or a folder in the official checkpoint format.
+
+    Weights stay as stored and memory-mapped, so loading takes the time of reading headers and
+    memory is that of the file's touched pages. ``numerics``: "official" (DeepSeek's roundings) or
+    "float32" (none). Raises CheckpointError, ConfigError.
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    if not path.is_dir() and (SHIPPED / name).is_dir() and "/" not in name:
+        path = SHIPPED / name
+    elif not path.exists():
+        shipped = sorted(p.name for p in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+        raise CheckpointError(
+            f"no model {name}",
+            expected=f"a folder, or one of: {', '.join(shipped)}",
+            got="neither",
+            hint="dsv4 pull deepseek-ai/DeepSeek-V4-Flash, or dsv4 synth to make a random one",
+        )
+    return Model.from_checkpoint(Checkpoint.open(path), numerics)
+
+
+class Model:
+    """A V4 model with its tokenizer (if its folder has one). Ids in, logits out; or chat.
+
+    ``config``, ``name`` and ``tokenizer`` may be read; nothing may be written. Safe to use from
+    several threads; a session belongs to one at a time.
+    """
+
+    def __init__(
+        self, net: Transformer, nx: Numerics, name: str, tokenizer: Tokenizer | None
+    ) -> None:
+        self.config: V4Config = net.config
+        self.name = name
+        self.tokenizer = tokenizer
+        self.numerics = nx.name
+        self._net, self._nx = net, nx
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, numerics_name: str = "official") -> Model:
+        """From an opened checkpoint; its tensors are used where they lie."""
+        nx = numerics(numerics_name)
+        net = Transformer(checkpoint.config)
+        net.load_weights(checkpoint.names(), checkpoint.tensor)
+        file = checkpoint.path / "tokenizer.json"
+        tokenizer = Tokenizer.load(file) if file.exists() else None
+        return cls(net, nx, checkpoint.path.resolve().name, tokenizer)
+
+    def __repr__(self) -> str:
+        total, active, _ = self.config.parameter_counts()
+        return (
+            f"<dsv4.Model {self.name}: {total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active,"
+            f" {self.numerics} numerics>"
+        )
+
+    # ------------------------------------------------------------ tensors
+
+    def _ids(self, ids: Sequence[int] | Tensor) -> Tensor:
+        tokens = ids.tolist() if isinstance(ids, Tensor) else [int(i) for i in ids]
+        check_ids(tokens, self.config.vocab_size)
+        if len(tokens) > self.config.max_position_embeddings:
+            raise ContextLengthError(
+                "more tokens than the context holds",
+                expected=f"at most {self.config.max_position_embeddings}",
+                got=len(tokens),
+            )
+        return torch.tensor([tokens])
+
+    def _trunk(self, ids: Sequence[int] | Tensor, keep: list[Tensor] | None) -> tuple[Tensor, Pass]:
+        run = self._net.start(self._ids(ids), self._nx)
+        return self._net.trunk(run, keep), run
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Float32 ``[T, vocab]``: row i predicts the token after ``ids[i]``; one forward pass."""
+        streams, run = self._trunk(ids, None)
+        return self._net.logits(streams[0], run)
+
+    @torch.inference_mode()
+    def mtp_logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Float32 ``[T - 1, vocab]``: row i predicts ``ids[i + 2]`` from the trunk at i and the
+        embedding of ``ids[i + 1]``. Needs two tokens and an MTP block."""
+        if len(ids) < 2:
+            raise RequestError("mtp_logits", expected="at least two tokens", got=len(ids))
+        streams, run = self._trunk(ids, None)
+        return self._net.mtp_logits(self._net.mtp_streams(streams, run)[0], run)
+
+    @torch.inference_mode()
+    def streams(self, ids: Sequence[int] | Tensor) -> list[Tensor]:
+        """The residual streams ``[T, hc_mult, hidden]`` after each block, for receipts."""
+        keep: list[Tensor] = []
+        self._trunk(ids, keep)
+        return [s[0] for s in keep]
+
+    def session(self) -> Session:
+        """An empty timeline; see ``Session``."""
+        return Session(self._net, self._nx)
+
+    # ------------------------------------------------------------ tokens
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        on_token: Callable[[int], object] | None = None,
+    ) -> list[int]:
+        """Continue ``prompt_ids``; the new ids, without the end token.
+
+        ``on_token`` is called with each id as it comes; returning ``False`` stops.
+        """
+        p = params or SamplingParams()
+        stop = (self.config.eos_token_id,) if p.stop_token_ids is None else p.stop_token_ids
+        session = self.session()
+        room = self.config.max_position_embeddings - len(prompt_ids)
+        limit = min(room, p.max_tokens or room)
+        row = session.extend(list(prompt_ids), last=True)[-1]
+        out: list[int] = []
+        while len(out) < limit:
+            token = sample(row, p, len(session))
+            if token in stop:
+                break
+            out.append(token)
+            if on_token is not None and on_token(token) is False:
+                break
+            if len(out) < limit:
+                row = session.extend([token], last=True)[-1]
+        return out
+
+    # ------------------------------------------------------------ text
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        thinking: str = "off",
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> dict[str, Any]:
+        """The assistant's message: ``content``, ``reasoning_content``, ``tool_calls``.
+
+        ``messages`` and ``tools`` as in the OpenAI API; ``thinking`` "off", "high" or "max".
+        Raises ConfigError for a model without a tokenizer, RequestError for bad arguments.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"{self.name} has no tokenizer", expected="tokenizer.json in its folder", got="none"
+            )
+        if thinking not in encoding.EFFORTS:
+            raise RequestError("thinking", expected=" | ".join(encoding.EFFORTS), got=thinking)
+        mode, effort = encoding.EFFORTS[thinking]
+        clean = encoding.normalize_messages(list(messages), list(tools or []))
+        segments = encoding.encode_segments(
+            clean,
+            mode,
+            drop_thinking=not any(m.get("tool_calls") for m in clean),
+            reasoning_effort=effort,
+        )
+        inside = encoding.generation_mode("".join(text for text, _ in segments))
+        parser = encoding.StreamingParser(inside, clean[0].get("tools", []))
+        decoder = self.tokenizer.stream()
+        eos = self.tokenizer.eos_id
+        params = SamplingParams(
+            max_tokens, temperature, top_p, seed, (eos,) if eos is not None else None
+        )
+        count = 0
+
+        def take(token: int) -> None:
+            nonlocal count
+            count += 1
+            parser.feed(decoder.push(token))
+
+        prompt = self.tokenizer.encode_segments(segments)
+        self.generate(prompt, params, take)
+        parser.feed(decoder.flush())
+        cut = max_tokens is not None and count >= max_tokens
+        return dict(parser.finish("length" if cut else "stop").message)
