@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from dsv4.api import Model
 from dsv4.config import V4Config
 from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS
-from dsv4.engine.session import Session
 from dsv4.model import FLOAT32, Transformer
 from dsv4.tokenizer import Tokenizer
 
@@ -21,25 +21,18 @@ def small_tokenizer() -> Tokenizer:
     return Tokenizer.train(texts, len(SPECIAL_TOKENS) + 256 + 60, progress=False)
 
 
-class TinyModel:
+def tiny_model(tokenizer: Tokenizer) -> Model:
     """A real three-layer V4 with random weights."""
-
-    name = "v4-tiny"
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.config = replace(
-            V4Config.preset("nano"),
-            vocab_size=tokenizer.vocab_size,
-            num_hidden_layers=3,
-            compress_ratios=(0, 4, 128, 0),
-            max_position_embeddings=2048,
-        )
-        self._net = Transformer(self.config)
-        self._net.init_weights(seed=1, std=0.03)
-
-    def session(self) -> Session:
-        return Session(self._net, FLOAT32)
+    config = replace(
+        V4Config.preset("nano"),
+        vocab_size=tokenizer.vocab_size,
+        num_hidden_layers=3,
+        compress_ratios=(0, 4, 128, 0),
+        max_position_embeddings=2048,
+    )
+    net = Transformer(config)
+    net.init_weights(seed=1, std=0.03)
+    return Model(net, FLOAT32, "v4-tiny", tokenizer)
 
 
 class ScriptedModel:
@@ -49,6 +42,7 @@ class ScriptedModel:
     """
 
     name = "v4-scripted"
+    numerics = "none"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

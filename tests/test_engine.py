@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from scripted_models import small_tokenizer, tiny_model
 
 import dsv4
 from dsv4.config import V4Config
-from dsv4.engine import Engine, EngineBusyError, Generation, SamplingParams
+from dsv4.engine import Engine, EngineBusyError, EngineClosedError, Generation, SamplingParams
 from dsv4.engine.engine import common_prefix
 from dsv4.errors import ContextLengthError, RequestError
 
@@ -212,11 +213,33 @@ def test_reuse_changes_no_answer(model: HashModel) -> None:
         assert warm.stats().pooled_bytes > 0
 
 
+def test_the_pool_keeps_to_its_bytes(model: HashModel) -> None:
+    with Engine(model, pool_bytes=8 * 100) as engine:
+        for i in range(5):
+            engine.submit([2 + i, *range(10, 50)], params(2, stop_token_ids=())).result()
+        wait_for(lambda: engine.stats()[2:] == (2, 2 * 8 * 42))
+        engine.submit([9] * 300, params(1)).result()
+        wait_for(lambda: engine.stats()[2:] == (1, 8 * 300))
+
+
 def test_common_prefix() -> None:
     assert common_prefix([], [1]) == 0
     assert common_prefix([1, 2, 3], [1, 2, 3]) == 3
     for n in range(40):
         assert common_prefix([*range(n), 99, 5], [*range(n), 98, 5]) == n
+
+
+def test_a_real_model_answers_as_it_does_without_an_engine() -> None:
+    """Chunks, neighbours, forks and rewinds of real attention state change no token."""
+    model = tiny_model(small_tokenizer())
+    long = [(7 * i) % 300 + 20 for i in range(260)]
+    prompts = [long[:n] for n in (3, 130, 260, 259)]
+    expected = [model.generate(p, params(6, seed=i)) for i, p in enumerate(prompts)]
+    with Engine(model, prefill_chunk=100) as engine:
+        for _ in range(2):
+            together = [engine.submit(p, params(6, seed=i)) for i, p in enumerate(prompts)]
+            assert [g.result() for g in together] == expected
+        assert [g.usage.cached_tokens for g in together] == [2, 129, 259, 258]
 
 
 # ---------------------------------------------------------------------- limits, ends, failures
@@ -301,7 +324,7 @@ def test_close_cancels_what_is_unfinished_and_can_be_repeated(model: HashModel) 
     for generation in (running, waiting):
         generation.result()
         assert generation.finish_reason == "cancelled"
-    with pytest.raises(EngineBusyError, match="closed"):
+    with pytest.raises(EngineClosedError):
         engine.submit([4])
     assert not any(t.name == "dsv4-engine" and t.is_alive() for t in threading.enumerate())
 

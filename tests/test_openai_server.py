@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from scripted_models import ScriptedModel, TinyModel, small_tokenizer
+from scripted_models import ScriptedModel, small_tokenizer, tiny_model
 
 from dsv4.encoding import ASSISTANT, DSML, EOS
 from dsv4.errors import ConfigError
@@ -98,7 +98,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tiny(tokenizer: Tokenizer) -> Iterator[Server]:
-    with Server(LocalBackend(TinyModel(tokenizer))) as server:
+    with Server(LocalBackend(tiny_model(tokenizer))) as server:
         yield server
 
 
@@ -561,7 +561,7 @@ def test_a_strict_server_refuses_other_names() -> None:
 
 
 def test_official_sampling_ignores_temperature_when_thinking(tokenizer: Tokenizer) -> None:
-    backend = LocalBackend(TinyModel(tokenizer))
+    backend = LocalBackend(tiny_model(tokenizer))
     with Server(backend, official_sampling=True) as server:
 
         def say(temperature: float, **more: Any) -> Any:

@@ -197,11 +197,16 @@ def answer_once(backend: Backend, text: str, think: str, sampling: SamplingParam
     request = ChatRequest(messages=[message], effort=THINK[think], sampling=sampling)
 
     async def stream() -> None:
+        reasoning = False
         async with aclosing(await backend.chat(request)) as events:
             async for event in events:
                 if isinstance(event, ReasoningDelta):
+                    reasoning = True
                     print(event.text, end="", file=sys.stderr, flush=True)
                 elif isinstance(event, ContentDelta):
+                    if reasoning:
+                        reasoning = False
+                        print("\n", file=sys.stderr, flush=True)
                     print(event.text, end="", flush=True)
         print()
 

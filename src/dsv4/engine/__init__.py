@@ -4,12 +4,21 @@ Nothing in this package knows text; prompts and answers become text in ``dsv4.en
 ``dsv4.tokenizer``.
 """
 
-from .engine import Engine, EngineBusyError, EngineStats, Generation, Token, Usage
+from .engine import (
+    Engine,
+    EngineBusyError,
+    EngineClosedError,
+    EngineStats,
+    Generation,
+    Token,
+    Usage,
+)
 from .sample import Logprob, SamplingParams, sample
 
 __all__ = [
     "Engine",
     "EngineBusyError",
+    "EngineClosedError",
     "EngineStats",
     "Generation",
     "Logprob",

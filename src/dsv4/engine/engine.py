@@ -32,7 +32,11 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class EngineBusyError(DSV4Error):
-    """The waiting line is full, or the engine is closed; the same request may work later."""
+    """Too many requests are waiting; the same request may work later."""
+
+
+class EngineClosedError(DSV4Error):
+    """The engine was closed and takes no more requests."""
 
 
 class EngineModel(Protocol):
@@ -185,6 +189,7 @@ class Engine:
     ``max_waiting``     longer lines are refused with EngineBusyError
     ``prefill_chunk``   prompt tokens fed per step
     ``session_pool``    finished timelines kept for reuse, the least recently used dropped first
+    ``pool_bytes``      the same in bytes; the latest one is kept whatever its size
     ``context_length``  tokens of prompt and answer together; None = what the config promises
     ``clock``           seconds, monotonic; injected so that tests need no waiting
 
@@ -199,6 +204,7 @@ class Engine:
         max_waiting: int = 256,
         prefill_chunk: int = 512,
         session_pool: int = 8,
+        pool_bytes: int = 4 << 30,
         context_length: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -208,7 +214,7 @@ class Engine:
         self._max_waiting = max_waiting
         self._prefill_chunk = prefill_chunk
         self._clock = clock
-        self._pool = _SessionPool(session_pool)
+        self._pool = _SessionPool(session_pool, pool_bytes)
         self._wake = threading.Condition()
         self._waiting: deque[tuple[Generation, float]] = deque()
         self._running: deque[_Running] = deque()
@@ -223,7 +229,7 @@ class Engine:
 
         Raises ContextLengthError when the prompt leaves no room for an answer (an answer that
         would be too long is cut instead), RequestError for ids outside the vocabulary or an empty
-        prompt, EngineBusyError when the line is full or the engine closed.
+        prompt, EngineBusyError when the line is full, EngineClosedError after ``close``.
         """
         params = params or SamplingParams()
         vocab, limit = self._model.config.vocab_size, self.context_length
@@ -250,7 +256,7 @@ class Engine:
         generation = Generation(prompt, params, self._nudge)
         with self._wake:
             if self._closing:
-                raise EngineBusyError("the engine is closed")
+                raise EngineClosedError("the engine is closed")
             if len(self._waiting) >= self._max_waiting:
                 raise EngineBusyError(
                     "too many requests are waiting",
@@ -392,8 +398,8 @@ class Engine:
 class _SessionPool:
     """Finished timelines, the most recently used last. Only the worker calls it."""
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int, capacity_bytes: int) -> None:
+        self._capacity, self._capacity_bytes = capacity, capacity_bytes
         self._sessions: list[Session] = []
         self.occupied = (0, 0)  # sessions and their bytes, for other threads to read
 
@@ -433,6 +439,9 @@ class _SessionPool:
             self._sessions.append(session)
         del self._sessions[: max(0, len(self._sessions) - self._capacity)]
         self._count()
+        while len(self._sessions) > 1 and self.occupied[1] > self._capacity_bytes:
+            del self._sessions[0]
+            self._count()
 
     def _remove(self, session: Session) -> None:
         self._sessions = [s for s in self._sessions if s is not session]

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from ..errors import RequestError
+from ..errors import DSV4Error
 from . import openai
 from .backend import Backend, Event, ModelInfo
 from .wire import KEEP_ALIVE, ApiError, LiveResponse, http_error, read_json
@@ -102,7 +102,7 @@ def create_app(
     app.include_router(api)
 
     @app.exception_handler(ApiError)
-    @app.exception_handler(RequestError)
+    @app.exception_handler(DSV4Error)
     async def refused(_: Request, error: Exception) -> Response:
         return ApiError.of(error).response()
 

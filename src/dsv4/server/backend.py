@@ -117,7 +117,8 @@ class Backend(Protocol):
     def model(self) -> ModelInfo: ...
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """Begin an answer. What can be refused is refused here (RequestError, EngineBusyError).
+        """Begin an answer. What can be refused is refused here (RequestError,
+        EngineBusyError, EngineClosedError).
 
         The events end with one ``Finish``, or with an exception. Closing the generator stops the
         work behind it.
@@ -389,9 +390,10 @@ def describe(model: Model, context_length: int) -> ModelInfo:
     counts = model.config.parameter_counts()
     text = f"DeepSeek-V4 architecture, {_count(counts.total)} parameters"
     text += f" ({_count(counts.active)} active per token)."
+    text += f" Numerics: {model.numerics}."
     if counts.total < 100e9:
         text += " A small model: not DeepSeek-V4-Flash and not DeepSeek-V4-Pro."
-    identity = json.dumps([model.name, model.config.to_dict()], sort_keys=True, default=str)
+    identity = json.dumps([model.name, model.numerics, model.config.to_dict()], default=str)
     return ModelInfo(
         id=model.name,
         description=text,

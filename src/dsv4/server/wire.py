@@ -16,8 +16,8 @@ from fastapi import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine import EngineBusyError
-from ..errors import RequestError
+from ..engine import EngineBusyError, EngineClosedError
+from ..errors import EncodingError, RequestError
 
 MAX_BODY = 64 << 20  # bytes; a million tokens of text are about 4 MB
 KEEP_ALIVE = 10.0  # seconds of silence after which a sign of life is sent
@@ -48,8 +48,10 @@ class ApiError(Exception):
         if isinstance(error, ApiError):
             return error
         if isinstance(error, EngineBusyError):
-            return cls(str(error), 503 if "closed" in str(error) else 429)
-        if isinstance(error, RequestError):
+            return cls(str(error), 429)
+        if isinstance(error, EngineClosedError):
+            return cls("The server is shutting down.", 503)
+        if isinstance(error, RequestError | EncodingError):
             return cls(str(error))
         return cls("Internal error: the generation failed; the server's log has the details.", 500)
 
@@ -116,7 +118,7 @@ class LiveResponse(Response):
         failure: Callable[[ApiError], str],
         interval: float = KEEP_ALIVE,
     ) -> None:
-        super().__init__(media_type=media_type, headers={"Cache-Control": "no-cache"})
+        super().__init__(media_type=media_type, headers=_UNBUFFERED)
         del self.headers["content-length"]
         self._chunks, self._idle, self._failure = chunks, idle, failure
         self._interval = interval
@@ -169,6 +171,10 @@ class LiveResponse(Response):
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await coming
             await self._chunks.aclose()
+
+
+# nginx holds a response back unless told not to
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def _next(chunks: AsyncGenerator[str, None]) -> str | None:
