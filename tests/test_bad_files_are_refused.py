@@ -18,13 +18,12 @@ from dsv4.checkpoint import (
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
-    resize,
     save_checkpoint,
-    synthesize,
     with_format,
 )
 from dsv4.config import V4Config
 from dsv4.errors import CheckpointError
+from dsv4.synth import resize, synthesize
 
 TINY = resize(V4Config.preset("nano"), num_hidden_layers=3, n_routed_experts=2, vocab_size=300)
 Header = dict[str, Any]

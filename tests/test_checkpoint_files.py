@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,17 +22,16 @@ from dsv4.checkpoint import (
     SINGLE_FILE,
     Checkpoint,
     TensorSpec,
-    convert,
     inventory,
-    resize,
     save_checkpoint,
     storage_format,
-    synthesize,
     with_format,
 )
 from dsv4.config import V4Config
+from dsv4.convert import convert
 from dsv4.errors import CheckpointError, ConfigError
 from dsv4.quant import dequantize
+from dsv4.synth import resize, synthesize
 
 VECTORS = Path(__file__).parents[1].parent / "shared" / "vectors"
 TINY = resize(V4Config.preset("nano"), num_hidden_layers=4, n_routed_experts=4, vocab_size=300)
@@ -297,6 +297,19 @@ def test_replacing_works_where_names_cannot_be_swapped(
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
     save_checkpoint(tmp_path / "same", TINY, synthesize(TINY, 2))
     assert same_tensors(Checkpoint.open(tmp_path / "m"), Checkpoint.open(tmp_path / "same"))
+
+
+def test_what_killed_saves_left_behind_is_swept_up(tiny: Path, tmp_path: Path) -> None:
+    hours_ago = time.time() - 7200
+    names = (".m.abcd_123.partial", ".m.zzzzzzzz.partial", ".m.v2.abcdefgh.partial", ".m.partial")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / SINGLE_FILE).write_bytes(b"half")
+        os.utime(tmp_path / name / SINGLE_FILE, (hours_ago, hours_ago))
+        os.utime(tmp_path / name, (hours_ago, hours_ago))
+    os.utime(tmp_path / names[1] / SINGLE_FILE)  # a save that is still writing
+    Checkpoint.open(tiny).save(tmp_path / "m")
+    assert {p.name for p in tmp_path.iterdir()} == {"m", *names[1:]}
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,17 +20,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from dsv4 import cli
-from dsv4.checkpoint import (
-    INDEX_FILE,
-    Checkpoint,
-    pull,
-    resize,
-    save_checkpoint,
-    storage_format,
-    synthesize,
-)
+from dsv4.checkpoint import INDEX_FILE, Checkpoint, save_checkpoint, storage_format
 from dsv4.config import V4Config
 from dsv4.errors import CheckpointError, ConfigError
+from dsv4.hub import pull
+from dsv4.synth import resize, synthesize
 
 TINY = resize(V4Config.preset("nano"), num_hidden_layers=3, n_routed_experts=2, vocab_size=300)
 
@@ -106,19 +99,13 @@ def test_refusals_are_short_and_exit_with_2(dsv4: Command, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_is_fast_and_teaches_by_example() -> None:
+def test_help_is_fast_and_teaches_by_example(dsv4: Command) -> None:
     program = "import sys, dsv4.cli; print('torch' in sys.modules)"
-    environment = {**os.environ, "COLUMNS": "100"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.strip() == "False", run.stderr
     for command in ("inspect", "synth", "convert", "pull", "doctor"):
-        run = subprocess.run(
-            [sys.executable, "-m", "dsv4.cli", command, "--help"],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert run.returncode == 0 and f"dsv4 {command}" in run.stdout
+        shown = dsv4(command, "--help")
+        assert shown.code == 0 and f"dsv4 {command}" in shown.out
 
 
 # ------------------------------------------------------------------ synth and convert

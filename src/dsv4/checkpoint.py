@@ -1,13 +1,7 @@
-"""Checkpoints in the official format: what they hold, reading, writing, converting, fetching.
+"""Checkpoints in the official format: reading, validating and writing them.
 
-All knowledge of names, shapes, dtypes and file layout is here. A checkpoint is a folder with
-``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` and shards.
-Four storage formats share the tensor names:
-
-    instruct   FP4 experts, FP8 dense, E8M0 scales     (DeepSeek-V4-Flash, -Pro; v4-nano)
-    fp8        FP8 experts, FP8 dense, E8M0 scales
-    base       the same with F32 scales, and an embedding and head of its own in the MTP block
-    bf16       no quantisation, no scales
+A checkpoint is a folder with ``config.json`` and either ``model.safetensors`` or
+``model.safetensors.index.json`` and shards. What tensors it has is in ``formats``.
 
 Nothing is trusted: names, shapes, dtypes, offsets and scales are checked against the config
 before a tensor is handed out. Files are memory-mapped: a tensor costs the pages that are read.
@@ -17,232 +11,61 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fnmatch
-import functools
 import hashlib
 import json
-import math
 import mmap
 import os
+import re
 import shutil
-import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .config import FP4_BLOCK, FP8_BLOCK, RopeScaling, V4Config
-from .errors import CheckpointError, ConfigError, DSV4Error
-from .quant import E4M3, E8M0, FP4_VALUES, dequantize, fp4_to_fp8, quantize_fp4, quantize_fp8
+from .config import V4Config
+from .errors import CheckpointError, ConfigError
+from .formats import (
+    FORMATS,
+    ITEM_BYTES,
+    TORCH_DTYPES,
+    TensorSpec,
+    inventory,
+    storage_format,
+    with_format,
+)
+from .quant import E8M0
 
-FORMATS = ("instruct", "fp8", "base", "bf16")
+__all__ = [
+    "FORMATS",
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "Checkpoint",
+    "Progress",
+    "TensorSpec",
+    "check_space",
+    "inventory",
+    "is_weights",
+    "save_checkpoint",
+    "storage_format",
+    "with_format",
+]
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 Progress = Callable[[int], None]  # called with the number of bytes just done
 
-# In the order in which safetensors lays tensors out in a file (then by name).
-_TORCH = {
-    "I64": torch.int64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-}
-_NAMES = {dtype: name for name, dtype in _TORCH.items()}
-_ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
-}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_MAX_TENSORS = 10_000_000  # V4-Pro has 145,116
 _ONE_FILE = 4 * 10**9  # bytes; above this the published layout, one layer per file, is used
 _CHECK_AT_OPEN = 2**30  # bytes of scales; above this they are checked when first taken
-_RELEASE_EVERY = 2**28  # bytes converted before the pages read for them are given back
-_MTP_COPIES = {
-    "mtp.0.emb.tok_emb.weight": "embed.weight",
-    "mtp.0.head.weight": "head.weight",
-}
-
-
-class TensorSpec(NamedTuple):
-    """What a file stores under one name: the safetensors dtype and the stored shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.elements * _ITEM_BYTES[self.dtype]
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
-
-
-# ------------------------------------------------------------------ what a config implies
-
-
-def storage_format(config: V4Config) -> str:
-    """Which of FORMATS ``config`` describes; raises ConfigError when it describes none."""
-    quantized = config.quantization_config
-    if config.expert_dtype == "bf16" and quantized is None:
-        return "bf16"
-    if (
-        config.expert_dtype == "bf16"
-        or not isinstance(quantized, Mapping)
-        or quantized.get("quant_method", "fp8") != "fp8"
-    ):
-        raise ConfigError(
-            "expert_dtype and quantization_config contradict each other",
-            expected="fp4 or fp8 experts with quant_method fp8, or bf16 with no quantization",
-            got=f"expert_dtype {config.expert_dtype}, quantization_config {quantized}",
-        )
-    block = quantized.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
-    if block not in ([FP8_BLOCK, FP8_BLOCK], (FP8_BLOCK, FP8_BLOCK)):
-        raise ConfigError(
-            "weight_block_size", expected=[FP8_BLOCK, FP8_BLOCK], got=block, hint="V4 has no other"
-        )
-    if config.expert_dtype == "fp4":
-        return "instruct"
-    return "base" if config.is_base else "fp8"
-
-
-def with_format(config: V4Config, to: str) -> V4Config:
-    """The same model stored in another of FORMATS."""
-    if to not in FORMATS:
-        raise ConfigError("no such storage format", expected=", ".join(FORMATS), got=to)
-    if to == "bf16":
-        return replace(config, expert_dtype="bf16", quantization_config=None)
-    quantization = dict(config.quantization_config or V4Config().quantization_config or {})
-    quantization["scale_fmt"] = "ue8m0"
-    if to == "base":
-        del quantization["scale_fmt"]
-    expert_dtype = "fp4" if to == "instruct" else "fp8"
-    return replace(config, expert_dtype=expert_dtype, quantization_config=quantization)
-
-
-def inventory(config: V4Config) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint with this config, in reading order, from the config alone.
-
-    Shapes are the stored ones: an FP4 matrix ``[N, K]`` is I8 ``[N, K / 2]`` with scales
-    ``[N, K / 32]``, an FP8 one has scales ``[ceil(N / 128), ceil(K / 128)]``.
-    Raises ConfigError for a storage format V4 does not have.
-    """
-    fmt = storage_format(config)
-    c, d, heads, hc = config, config.hidden_size, config.num_attention_heads, config.hc_mult
-    rows = (2 + hc) * hc
-    blocks = c.num_hidden_layers + c.mtp_layers
-    if blocks * (6 * c.n_routed_experts + 60) > _MAX_TENSORS:
-        raise ConfigError(
-            "the config asks for more tensors than any V4 checkpoint has",
-            expected=f"at most {_MAX_TENSORS:,}",
-            got=f"{blocks} layers of {c.n_routed_experts} experts",
-        )
-    fp4 = fmt == "instruct"
-    if fp4 and (d % FP4_BLOCK or c.moe_intermediate_size % FP4_BLOCK):
-        raise ConfigError(
-            "FP4 experts need sizes that are multiples of 32",
-            expected="hidden_size % 32 == 0 and moe_intermediate_size % 32 == 0",
-            got=f"{d} and {c.moe_intermediate_size}",
-        )
-    out: dict[str, TensorSpec] = {}
-
-    def add(name: str, dtype: str, *shape: int) -> None:
-        out[name] = TensorSpec(dtype, shape)
-
-    def linear(name: str, n: int, k: int, fp4: bool = False) -> None:
-        if fmt == "bf16":
-            add(f"{name}.weight", "BF16", n, k)
-        elif fp4:
-            add(f"{name}.weight", "I8", n, k // 2)
-            add(f"{name}.scale", "F8_E8M0", n, k // FP4_BLOCK)
-        else:
-            add(f"{name}.weight", "F8_E4M3", n, k)
-            scale = "F32" if fmt == "base" else "F8_E8M0"
-            add(f"{name}.scale", scale, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
-
-    def mlp(name: str, width: int, fp4: bool = False) -> None:
-        linear(f"{name}.w1", width, d, fp4)
-        linear(f"{name}.w2", d, width, fp4)
-        linear(f"{name}.w3", width, d, fp4)
-
-    def compressor(name: str, ratio: int, dim: int) -> None:
-        width = dim * (2 if ratio == 4 else 1)
-        add(f"{name}.ape", "F32", ratio, width)
-        add(f"{name}.wkv.weight", "BF16", width, d)
-        add(f"{name}.wgate.weight", "BF16", width, d)
-        add(f"{name}.norm.weight", "BF16", dim)
-
-    def hc_head(name: str) -> None:
-        add(f"{name}hc_head_fn", "F32", hc, hc * d)
-        add(f"{name}hc_head_base", "F32", hc)
-        add(f"{name}hc_head_scale", "F32", 1)
-
-    def block(name: str, ratio: int, hashed: bool) -> None:
-        attn, ffn = f"{name}.attn", f"{name}.ffn"
-        add(f"{name}.attn_norm.weight", "BF16", d)
-        linear(f"{attn}.wq_a", c.q_lora_rank, d)
-        add(f"{attn}.q_norm.weight", "BF16", c.q_lora_rank)
-        linear(f"{attn}.wq_b", heads * c.head_dim, c.q_lora_rank)
-        linear(f"{attn}.wkv", c.head_dim, d)
-        add(f"{attn}.kv_norm.weight", "BF16", c.head_dim)
-        add(f"{attn}.attn_sink", "F32", heads)
-        linear(f"{attn}.wo_a", c.o_groups * c.o_lora_rank, heads * c.head_dim // c.o_groups)
-        linear(f"{attn}.wo_b", d, c.o_groups * c.o_lora_rank)
-        if ratio:
-            compressor(f"{attn}.compressor", ratio, c.head_dim)
-        if ratio == 4:
-            linear(f"{attn}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
-            add(f"{attn}.indexer.weights_proj.weight", "BF16", c.index_n_heads, d)
-            compressor(f"{attn}.indexer.compressor", ratio, c.index_head_dim)
-        add(f"{name}.ffn_norm.weight", "BF16", d)
-        add(f"{ffn}.gate.weight", "BF16", c.n_routed_experts, d)
-        if hashed:
-            add(f"{ffn}.gate.tid2eid", "I64", c.vocab_size, c.num_experts_per_tok)
-        else:
-            add(f"{ffn}.gate.bias", "F32", c.n_routed_experts)
-        for expert in range(c.n_routed_experts):
-            mlp(f"{ffn}.experts.{expert}", c.moe_intermediate_size, fp4)
-        mlp(f"{ffn}.shared_experts", c.moe_intermediate_size * c.n_shared_experts)
-        for site in ("attn", "ffn"):
-            add(f"{name}.hc_{site}_fn", "F32", rows, hc * d)
-            add(f"{name}.hc_{site}_base", "F32", rows)
-            add(f"{name}.hc_{site}_scale", "F32", 3)
-
-    add("embed.weight", "BF16", c.vocab_size, d)
-    for i in range(c.num_hidden_layers):
-        block(f"layers.{i}", c.compress_ratios[i], i < c.num_hash_layers)
-    hc_head("")
-    add("norm.weight", "BF16", d)
-    add("head.weight", "BF16", c.vocab_size, d)
-    for i in range(c.mtp_layers):
-        mtp = f"mtp.{i}"
-        if fmt == "base":
-            add(f"{mtp}.emb.tok_emb.weight", "BF16", c.vocab_size, d)
-        add(f"{mtp}.enorm.weight", "BF16", d)
-        add(f"{mtp}.hnorm.weight", "BF16", d)
-        linear(f"{mtp}.e_proj", d, d)
-        linear(f"{mtp}.h_proj", d, d)
-        block(mtp, 0, False)
-        hc_head(f"{mtp}.")
-        add(f"{mtp}.norm.weight", "BF16", d)
-        if fmt == "base":
-            add(f"{mtp}.head.weight", "BF16", c.vocab_size, d)
-    return out
+_STALE = 3600  # seconds without a write after which a staging folder belongs to a killed save
 
 
 def _check_values(name: str, tensor: Tensor, config: V4Config) -> None:
@@ -286,7 +109,7 @@ class _Shard:
 
     def tensor(self, name: str) -> Tensor:
         spec, offset = self.entries[name]
-        dtype = _TORCH[spec.dtype]
+        dtype = TORCH_DTYPES[spec.dtype]
         if offset % dtype.itemsize:  # legal in the format, but not for every CPU
             data = bytearray(self.mapped[offset : offset + spec.bytes])
             return torch.frombuffer(data, dtype=dtype).view(spec.shape)
@@ -395,10 +218,10 @@ def _read_shard(path: Path) -> _Shard:
                 got=str(entry)[:200],
                 hint=again,
             )
-        if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _ITEM_BYTES:
+        if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in ITEM_BYTES:
             raise CheckpointError(
                 f"{path.name}: {name} has an unknown dtype",
-                expected=", ".join(_TORCH),
+                expected=", ".join(TORCH_DTYPES),
                 got=str(entry.get("dtype"))[:80],
             )
         spec = TensorSpec(entry["dtype"], tuple(shape))
@@ -634,6 +457,15 @@ class Checkpoint:
             _check_values(name, tensor, self.config)
         return tensor
 
+    def remapped(self) -> Checkpoint:
+        """The same files, mapped once more, so that ``release`` takes no page from anyone else."""
+        return Checkpoint(self.path, self.config, [shard.remapped() for shard in self._shards])
+
+    def release(self) -> None:
+        """Give back the memory of all pages read so far; what was written to a tensor is lost."""
+        for shard in self._shards:
+            shard.mapped.madvise(mmap.MADV_DONTNEED)
+
     def check_values(self, progress: Progress | None = None) -> None:
         """Refuse NaN scales and impossible expert ids, one tensor at a time."""
         for shard in self._shards:
@@ -669,7 +501,7 @@ class Checkpoint:
         return {
             p.name: p
             for p in sorted(self.path.iterdir())
-            if not p.name.startswith(".") and not _is_weights(p.name) and p.name != "config.json"
+            if not p.name.startswith(".") and not is_weights(p.name) and p.name != "config.json"
         }
 
     def save(
@@ -768,7 +600,7 @@ def save_checkpoint(
         _copy_files(extra_files or {}, folder)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
@@ -796,7 +628,7 @@ def _layout(
     specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, int], int]:
     """Length field and header, the offset of every tensor, and the size of the file."""
-    rank = {dtype: i for i, dtype in enumerate(_TORCH)}
+    rank = {dtype: i for i, dtype in enumerate(TORCH_DTYPES)}
     meta = {"format": "pt"} if metadata is None else dict(sorted(metadata.items()))
     header: dict[str, Any] = {"__metadata__": meta} if meta else {}
     begin, offsets = 0, {}
@@ -848,7 +680,7 @@ def _staged(path: Path, size: int) -> Iterator[Path]:
     path = path.resolve()
     old = sorted(path.iterdir()) if path.is_dir() else []
     if (path.exists() and not path.is_dir()) or (
-        old and not any(p.name == "config.json" or _is_weights(p.name) for p in old)
+        old and not any(p.name == "config.json" or is_weights(p.name) for p in old)
     ):
         raise CheckpointError(
             f"will not write over {path}",
@@ -859,13 +691,13 @@ def _staged(path: Path, size: int) -> Iterator[Path]:
     staging: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(path.parent, size)
+        check_space(path.parent, size)
         staging = Path(tempfile.mkdtemp(".partial", f".{path.name}.", path.parent))
         os.umask(mask := os.umask(0o022))
         staging.chmod(0o777 & ~mask)
         yield staging
         for item in old:
-            if item.name != "config.json" and not _is_weights(item.name):
+            if item.name != "config.json" and not is_weights(item.name):
                 if not (staging / item.name).exists():
                     _copy_files({item.name: item}, staging)
         for root, _, files in os.walk(staging):
@@ -874,6 +706,7 @@ def _staged(path: Path, size: int) -> Iterator[Path]:
                 os.fsync(descriptor)
                 os.close(descriptor)
         _publish(staging, path)
+        _sweep(path)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         raise CheckpointError(
@@ -887,7 +720,20 @@ def _staged(path: Path, size: int) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_space(folder: Path, size: int) -> None:
+def _sweep(path: Path) -> None:
+    """Remove the hidden folders that saves to ``path`` left when they were killed long ago."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.partial")
+    for folder in path.parent.iterdir():
+        if ours.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            try:
+                written = max(p.stat().st_mtime for p in (folder, *folder.rglob("*")))
+                if time.time() - written > _STALE:
+                    shutil.rmtree(folder)
+            except OSError:
+                pass  # another process got there first, or it is not ours to remove
+
+
+def check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise CheckpointError(
@@ -926,358 +772,3 @@ def _exchange(a: Path, b: Path) -> bool:
         return cast(int, libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), swap)) == 0
     except AttributeError:
         return False
-
-
-# ------------------------------------------------------------------ converting
-
-
-def convert(
-    source: str | Path | Checkpoint,
-    target: str | Path,
-    to: str,
-    *,
-    max_shard_bytes: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Write ``source`` at ``target`` in another of FORMATS, one matrix in memory at a time.
-
-    From instruct, fp8 and base to fp8, base and bf16 every value stays the same (fp4_to_fp8
-    raises CheckpointError if it cannot); to instruct, experts are rounded to FP4 where they were
-    not FP4 before. Side files are copied. Base's own MTP embedding and head are dropped when they
-    equal the trunk's, and refused otherwise.
-    """
-    opened = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    shards = [shard.remapped() for shard in opened._shards]  # ours to release
-    checkpoint = Checkpoint(opened.path, opened.config, shards)
-    config = with_format(checkpoint.config, to)
-    save_checkpoint(
-        target,
-        config,
-        _converted(checkpoint, config),
-        max_shard_bytes=max_shard_bytes,
-        extra_files=checkpoint.side_files(),
-        progress=progress,
-    )
-
-
-def _converted(source: Checkpoint, config: V4Config) -> Iterator[tuple[str, Tensor]]:
-    specs = inventory(config)
-    for copy, original in _MTP_COPIES.items():
-        if copy in source.specs and copy not in specs:
-            if not torch.equal(source.tensor(copy), source.tensor(original)):
-                raise CheckpointError(
-                    f"{copy} differs from {original}",
-                    expected="equal, as only Base files have room for both",
-                    got="different values",
-                    hint="keep the base format, or copy the trunk's over it",
-                )
-    read = 0
-    for name, spec in specs.items():
-        if name.endswith(".scale"):
-            continue  # comes with its weight
-        read += spec.bytes
-        if read > _RELEASE_EVERY:
-            read = 0
-            for shard in source._shards:
-                shard.mapped.madvise(mmap.MADV_DONTNEED)
-        origin = name if name in source.specs else _MTP_COPIES[name]
-        scale_name = name.removesuffix("weight") + "scale"
-        weight = source.tensor(origin)
-        scale = source.tensor(scale_name) if scale_name in source.specs else None
-        if scale is None and scale_name not in specs:
-            yield name, weight
-            continue
-        scale_dtype = _TORCH[specs[scale_name].dtype] if scale_name in specs else E8M0
-        try:
-            weight, scale = _recode(weight, scale, spec.dtype, scale_dtype)
-        except DSV4Error as e:
-            raise CheckpointError(f"{name}: {e}") from e
-        yield name, weight
-        if scale is not None:
-            yield scale_name, scale
-
-
-def _recode(
-    weight: Tensor, scale: Tensor | None, dtype: str, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """One matrix from any stored form to another; exact wherever the target can hold it."""
-    if dtype == "BF16":
-        return dequantize(weight, scale, torch.bfloat16), None
-    if scale is not None and weight.dtype == torch.int8 and dtype == "F8_E4M3":
-        weight, scale = fp4_to_fp8(weight, scale)
-    if scale is not None and weight.dtype == _TORCH[dtype]:
-        converted = scale.to(scale_dtype)
-        if torch.equal(converted.float(), scale.float()):
-            return weight, converted
-    values = dequantize(weight, scale)
-    return quantize_fp4(values) if dtype == "I8" else quantize_fp8(values, scale_dtype)
-
-
-# ------------------------------------------------------------------ synthetic checkpoints
-
-
-def resize(config: V4Config, scale: float = 1.0, **changes: Any) -> V4Config:
-    """Another shape of the same architecture, for tests and benchmarks.
-
-    ``scale`` multiplies hidden size, expert width, ranks, experts, heads and output groups and
-    rounds them to legal multiples. ``changes`` are config keys; what depends on them follows:
-    fewer layers keep the first of the pattern and the MTP entry, experts per token and hash
-    layers never exceed what there is, output groups divide the heads. Raises ConfigError.
-    """
-
-    def near(value: int, multiple: int) -> int:
-        return max(multiple, round(value * scale / multiple) * multiple)
-
-    known = {f.name for f in fields(V4Config)} - {"extra"}
-    if unknown := sorted(set(changes) - known):
-        raise ConfigError("no such config key", expected=", ".join(sorted(known)), got=unknown[0])
-    if not scale > 0:
-        raise ConfigError("scale", expected="a number above 0", got=scale)
-    new = config.to_dict()
-    if scale != 1:
-        new["hidden_size"] = near(config.hidden_size, 256)
-        for key in ("moe_intermediate_size", "q_lora_rank", "o_lora_rank"):
-            new[key] = near(getattr(config, key), FP8_BLOCK)
-        new["n_routed_experts"] = near(config.n_routed_experts, 8)
-        new["o_groups"] = near(config.o_groups, 1)
-        new["num_attention_heads"] = new["o_groups"] * config.num_attention_heads // config.o_groups
-    if isinstance(changes.get("rope_scaling"), RopeScaling):
-        changes["rope_scaling"] = vars(changes["rope_scaling"])
-    new.update(changes)
-    follows: dict[str, Any] = {}
-    try:
-        layers, heads = int(new["num_hidden_layers"]), int(new["num_attention_heads"])
-        pattern = list(config.compress_ratios[: config.num_hidden_layers])
-        while len(pattern) < min(layers, _MAX_TENSORS):
-            pattern.append(pattern[-2] if len(pattern) > 1 else pattern[-1])
-        mtp = [0] * int(new["num_nextn_predict_layers"])
-        follows["compress_ratios"] = pattern[:layers] + mtp
-        follows["num_hash_layers"] = min(config.num_hash_layers, layers)
-        follows["o_groups"] = math.gcd(heads, int(new["o_groups"]))
-        follows["num_experts_per_tok"] = min(
-            config.num_experts_per_tok, int(new["n_routed_experts"])
-        )
-    except (TypeError, ValueError) as e:
-        raise ConfigError("a size must be a whole number", got=e) from e
-    new.update((key, value) for key, value in follows.items() if key not in changes)
-    return V4Config.from_dict(new)
-
-
-def synthesize(config: V4Config, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Random, finite weights for ``config``, one tensor at a time, for ``save_checkpoint``.
-
-    Matrices have a standard deviation near ``1 / sqrt(fan_in)``, norms are near 1, so activations
-    and logits stay of order one at any shape. Each tensor depends on ``seed`` and its name alone
-    (counter-based Philox), so a run is repeatable and the order does not matter.
-    """
-    specs = inventory(config)
-    for name, spec in specs.items():
-        if name.endswith(".scale"):
-            continue  # comes with its weight
-        scale_spec = specs.get(name.removesuffix("weight") + "scale")
-        random = _random(seed, _MTP_COPIES.get(name, name))
-        if scale_spec is not None and name.endswith(".weight"):
-            fp4 = spec.dtype == "I8"
-            table, rms = _fp4_table() if fp4 else _fp8_table()
-            codes = _draw(random, spec.elements, np.uint8, table, _TORCH[spec.dtype])
-            fan_in = spec.shape[1] * (2 if fp4 else 1)
-            # exponents e and e - 1 in equal parts: root mean square 0.79 * 2^e
-            exponent = round(math.log2(1 / (0.79 * rms * math.sqrt(fan_in))))
-            bits = torch.from_numpy(_bytes(random, scale_spec.elements) & 1)
-            scale = (127 + exponent - bits).to(torch.uint8).view(E8M0)
-            yield name, codes.view(spec.shape)
-            yield (
-                name.removesuffix("weight") + "scale",
-                scale.to(_TORCH[scale_spec.dtype]).view(scale_spec.shape),
-            )
-        elif spec.dtype == "I64":
-            yield name, _distinct_ids(random, spec.shape, config.n_routed_experts)
-        else:
-            mean, std = _statistics(name, spec.shape)
-            table = torch.from_numpy(_quantiles(65536)) * std + mean
-            values = _draw(random, spec.elements, np.uint16, table, _TORCH[spec.dtype])
-            yield name, values.view(spec.shape)
-
-
-def _statistics(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of an unquantised tensor."""
-    last = name.rsplit(".", 1)[-1]
-    if "norm.weight" in name:
-        return 1.0, 0.1
-    if last.startswith("hc_") and last.endswith("_scale"):
-        return 0.2, 0.03
-    fixed = {"attn_sink": 0.1, "bias": 0.01, "ape": 0.3}
-    if last in fixed or last.endswith("_base"):
-        return 0.0, fixed.get(last, 0.5)
-    if name in ("embed.weight", "mtp.0.emb.tok_emb.weight"):
-        return 0.0, 1.0
-    return 0.0, 1 / math.sqrt(shape[-1])
-
-
-def _random(seed: int, name: str) -> np.random.Philox:
-    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16]
-    return np.random.Philox(key=int.from_bytes(key, "little"))
-
-
-def _bytes(random: np.random.Philox, count: int) -> npt.NDArray[np.uint8]:
-    words = random.random_raw(-(-count // 8))
-    return words.astype("<u8", copy=False).view(np.uint8)[:count]
-
-
-def _draw(
-    random: np.random.Philox, count: int, index: type[Any], table: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """``count`` entries of ``table`` (one per value of the unsigned ``index`` type) at random."""
-    table = table.to(dtype)
-    width = table.element_size()
-    as_bytes = table.view(torch.uint8).numpy().reshape(-1, width)
-    lookup = as_bytes.copy().view(f"u{width}").reshape(-1)
-    out = np.empty(count, dtype=lookup.dtype)
-    step = 2**23
-    for begin in range(0, count, step):
-        n = min(step, count - begin)
-        picks = _bytes(random, n * np.dtype(index).itemsize).view(index)
-        np.take(lookup, picks, out=out[begin : begin + n], mode="clip")  # in range; unbuffered
-    return torch.from_numpy(out.view(np.uint8)).view(dtype)
-
-
-def _distinct_ids(random: np.random.Philox, shape: tuple[int, ...], experts: int) -> Tensor:
-    """``[rows, k]`` expert ids, distinct within a row and evenly used: start + j * step."""
-    rows, k = shape
-    steps = np.array([s for s in range(1, experts + 1) if math.gcd(s, experts) == 1])
-    start = random.random_raw(rows) % experts
-    step = steps[random.random_raw(rows) % len(steps)]
-    ids = (start[:, None].astype(np.int64) + step[:, None] * np.arange(k)) % experts
-    return torch.from_numpy(ids.astype(np.int64))
-
-
-@functools.cache
-def _quantiles(n: int) -> npt.NDArray[np.float32]:
-    """``n`` equally likely values of the standard normal distribution, symmetric about 0."""
-    normal = statistics.NormalDist()
-    upper = np.array([normal.inv_cdf(0.5 + (i + 0.5) / n) for i in range(n // 2)])
-    return np.concatenate((-upper[::-1], upper)).astype(np.float32)
-
-
-@functools.cache
-def _fp8_table() -> tuple[Tensor, float]:
-    values = (torch.from_numpy(_quantiles(256)) * 128).to(E4M3)
-    return values, float(values.float().square().mean().sqrt())
-
-
-@functools.cache
-def _fp4_table() -> tuple[Tensor, float]:
-    """Every pair of 16 equally likely FP4 values as one byte, and their root mean square."""
-    target = torch.from_numpy(_quantiles(16)) * (6 / 1.863)
-    levels = torch.tensor(FP4_VALUES)
-    code = (target.abs()[:, None] - levels).abs().argmin(1)
-    nibble = code + 8 * (target < 0)
-    pairs = (nibble[:, None] + 16 * nibble[None, :]).reshape(-1)
-    return pairs.to(torch.uint8).view(torch.int8), float(levels[code].square().mean().sqrt())
-
-
-# ------------------------------------------------------------------ fetching
-
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "LICENSE*", "encoding/*")
-
-
-def pull(
-    repo: str,
-    to: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    progress: Progress | None = None,
-) -> Checkpoint:
-    """Fetch a checkpoint from a Hugging Face hub into ``to`` (default: its name), and verify it.
-
-    Config, tokenizer, encoding and safetensors files, never code. The config is read before any
-    weight is fetched. A dropped connection continues where it broke; after a kill, finished files
-    are kept. Every file is compared with the hub's size and SHA-256, a damaged one is deleted so
-    that the next call fetches it again, and the checkpoint is opened and checked. ``progress``
-    counts verified bytes. The environment variable HF_ENDPOINT names another hub, HF_TOKEN logs
-    in. Raises CheckpointError when the repo, network, disk or content is not as it must be.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub import errors as hub
-
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    folder = Path(to) if to is not None else Path(repo.rsplit("/", 1)[-1])
-    what = f"{repo}{'@' + revision if revision else ''} at {api.endpoint}"
-    try:
-        info = api.model_info(repo, revision=revision, files_metadata=True)
-        files = {
-            f.rfilename: f
-            for f in info.siblings or []
-            if any(fnmatch.fnmatchcase(f.rfilename, pattern) for pattern in _WANTED)
-        }
-        if "config.json" not in files or not any(_is_weights(name) for name in files):
-            raise CheckpointError(
-                f"{what} is not a checkpoint",
-                expected="config.json and safetensors files",
-                got=", ".join(list(files)[:5]) or "neither",
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        missing = {n: f.size or 0 for n, f in files.items() if not (folder / n).is_file()}
-        _check_space(folder, sum(missing.values()))
-        api.hf_hub_download(repo, "config.json", revision=info.sha, local_dir=folder)
-        V4Config.from_json(folder)
-        api.snapshot_download(
-            repo, revision=info.sha, local_dir=folder, allow_patterns=list(files), max_workers=4
-        )
-    except DSV4Error:
-        raise
-    except hub.GatedRepoError as e:
-        raise CheckpointError(
-            what, expected="access", got="a gated repo", hint="accept its terms and set HF_TOKEN"
-        ) from e
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as e:
-        missing_revision = isinstance(e, hub.RevisionNotFoundError)
-        raise CheckpointError(
-            f"{what} does not exist",
-            expected="an existing revision" if missing_revision else "OWNER/NAME of a model repo",
-            got=str(e).splitlines()[0],
-            hint="check the spelling; private repos need HF_TOKEN",
-        ) from e
-    except Exception as e:  # the client raises whatever its HTTP library does
-        full = isinstance(e, OSError) and e.errno == errno.ENOSPC
-        hint = "free some space" if full else "check the network (HF_ENDPOINT, proxies), run again"
-        raise CheckpointError(
-            f"cannot fetch {what}",
-            expected="a reachable hub and a writable disk",
-            got=f"{type(e).__name__}: {e}",
-            hint=hint,
-        ) from e
-    for name, remote in files.items():
-        sha256 = remote.lfs.sha256 if remote.lfs else None
-        _verify(folder / name, remote.size, sha256, remote.blob_id, progress)
-    return Checkpoint.open(folder, check_values=True)
-
-
-def _verify(
-    file: Path,
-    size: int | None,
-    sha256: str | None,
-    blob: str | None,
-    progress: Progress | None,
-) -> None:
-    """Compare a file with the hub's metadata: SHA-256 for large files, the git id for others."""
-    actual = file.stat().st_size if file.is_file() else -1
-    got, expected = f"{actual:,} bytes", f"{size:,} bytes" if size is not None else "the file"
-    good = actual >= 0 and size in (None, actual)
-    if good and (sha256 or blob):
-        digest = hashlib.sha256() if sha256 else hashlib.sha1(f"blob {actual}\0".encode())
-        with file.open("rb") as f:
-            while chunk := f.read(2**22):
-                digest.update(chunk)
-                if progress:
-                    progress(len(chunk))
-        got, expected = digest.hexdigest(), str(sha256 or blob)
-        good = got == expected
-    if not good:
-        file.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{file.name} is not what the hub has; the damaged copy was deleted",
-            expected=expected,
-            got=got,
-            hint="run the same command again: only this file is fetched anew",
-        )

@@ -207,7 +207,8 @@ def synth(
       dsv4 synth /tmp/odd --preset nano --layers 3 --seed 1 \\
           --set 'compress_ratios=[0,4,128,0]' --set index_topk=64
     """
-    from .checkpoint import inventory, resize, save_checkpoint, synthesize, with_format
+    from .checkpoint import inventory, save_checkpoint, with_format
+    from .synth import resize, synthesize
 
     changes: dict[str, Any] = {
         "num_hidden_layers": layers,
@@ -268,7 +269,7 @@ def convert(
       dsv4 convert ./my-finetune-bf16 ./my-finetune --to instruct
     """
     from .checkpoint import Checkpoint, inventory, with_format
-    from .checkpoint import convert as convert_checkpoint
+    from .convert import convert as convert_checkpoint
 
     checkpoint = Checkpoint.open(source)
     specs = inventory(with_format(checkpoint.config, to))
@@ -299,7 +300,7 @@ def pull(
       dsv4 pull deepseek-ai/DeepSeek-V4-Flash      160 GB
       dsv4 pull deepseek-ai/DeepSeek-V4-Flash-Base --to /data/flash-base
     """
-    from .checkpoint import pull as pull_checkpoint
+    from .hub import pull as pull_checkpoint
 
     with _bar("verifying", None) as progress:
         checkpoint = pull_checkpoint(repo, to, revision=revision, progress=progress)
