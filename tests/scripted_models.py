@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from dsv4.api import Model
@@ -14,6 +15,15 @@ from dsv4.config import V4Config
 from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS
 from dsv4.model import FLOAT32, Transformer
 from dsv4.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """For modules that import it: small matrices gain nothing from threads that fight for cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_tokenizer() -> Tokenizer:

@@ -43,6 +43,7 @@ print("left")
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(Path(__file__).parent),
+    "OMP_NUM_THREADS": "1",
     "TERM": "xterm-256color",
     "COLUMNS": "80",
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripted_models import small_tokenizer, tiny_model
+from scripted_models import one_torch_thread, small_tokenizer, tiny_model  # noqa: F401
 
 import dsv4
 from dsv4.config import V4Config

@@ -15,7 +15,12 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from scripted_models import ScriptedModel, small_tokenizer, tiny_model
+from scripted_models import (  # noqa: F401
+    ScriptedModel,
+    one_torch_thread,
+    small_tokenizer,
+    tiny_model,
+)
 
 from dsv4.encoding import ASSISTANT, DSML, EOS
 from dsv4.errors import ConfigError

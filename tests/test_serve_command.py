@@ -37,7 +37,12 @@ sys.modules["dsv4.api"] = types.SimpleNamespace(load=load)
 from dsv4.cli import main
 main()
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "100"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(__file__).parent),
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "100",
+}
 
 
 def command(*arguments: str) -> list[str]:
@@ -155,6 +160,6 @@ def test_a_checkpoint_on_disk_is_served_from_the_command_line(tmp_path: Path) ->
     ask = ("generate", folder, "Hello", "--temperature", "0", "--max-tokens", "6")
     for arguments in (("synth", folder, *shape), ask):
         program = [sys.executable, "-m", "dsv4.cli", *arguments]
-        done = subprocess.run(program, capture_output=True, timeout=60)
+        done = subprocess.run(program, capture_output=True, timeout=60, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(b"\n") and not done.stderr
