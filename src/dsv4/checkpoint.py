@@ -414,12 +414,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: {str(e).splitlines()[0]}", expected=e.expected, got=e.got, hint=e.hint
             ) from e
-        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
-            raise CheckpointError(
-                f"{folder}: config.json holds a value of a wrong kind",
-                expected="values like those of a published config.json",
-                got=f"{type(e).__name__}: {e}",
-            ) from e
         shards = _read_shards(folder)
         got = {name: spec for s in shards for name, (spec, _) in s.entries.items()}
         stored = _stored_format(got)

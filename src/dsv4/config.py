@@ -6,7 +6,9 @@ Numbers of the presets: DeepSeek-V4 report table 1 and the published ``config.js
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -34,13 +36,36 @@ class ParameterCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN; used only by layers with a compressor. ``factor`` 1 switches it off."""
+    """YaRN; used only by layers with a compressor. ``factor`` 1 switches it off.
+
+    Raises ConfigError for numbers that describe no rotation.
+    """
 
     type: str = "yarn"
     factor: float = 16
     beta_fast: float = 32
     beta_slow: float = 1
     original_max_position_embeddings: int = 65536
+
+    def __post_init__(self) -> None:
+        _check_types(self, "rope_scaling.")
+        hint = "V4 models have yarn with factor 16, beta_fast 32 and beta_slow 1"
+        _need(self.type == "yarn", "rope_scaling.type", "yarn", self.type, hint)
+        _need(self.factor >= 1, "rope_scaling.factor", "at least 1", self.factor, hint)
+        _need(
+            0 < self.beta_slow <= self.beta_fast,
+            "rope_scaling.beta_slow and beta_fast",
+            "0 < beta_slow <= beta_fast",
+            f"{self.beta_slow} and {self.beta_fast}",
+            hint,
+        )
+        _need(
+            self.original_max_position_embeddings > 0,
+            "rope_scaling.original_max_position_embeddings",
+            "an integer >= 1",
+            self.original_max_position_embeddings,
+            hint,
+        )
 
 
 @dataclass(frozen=True)
@@ -100,104 +125,133 @@ class V4Config:
     extra: Mapping[str, Any] = field(default_factory=dict)  # keys kept but not understood
 
     def __post_init__(self) -> None:
-        def need(ok: bool, what: str, expected: object, got: object, hint: str) -> None:
-            if not ok:
-                raise ConfigError(what, expected=expected, got=got, hint=hint)
+        _check_types(self)
+        if isinstance(self.compress_ratios, list):
+            object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        self._check_ranges()
+        self._check_attention()
+        self._check_experts()
+        self._check_storage()
 
-        object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            need(
-                isinstance(value, int) and value > 0,
-                f"{name} must be a positive integer",
-                "an integer >= 1",
-                repr(value),
-                "compare with a preset: dsv4 inspect --preset flash",
+    def _check_ranges(self) -> None:
+        """Each number by itself."""
+        for names, least, least_excluded in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                inside = value > least if least_excluded else value >= least
+                expected = f"a number {'above' if least_excluded else 'of at least'} {least}"
+                _need(inside, name, expected, value)
+        for name, (only, reason) in _FIXED.items():
+            _need(getattr(self, name) == only, name, only, getattr(self, name), reason)
+        for name in ("bos_token_id", "eos_token_id"):
+            _need(
+                0 <= getattr(self, name) < self.vocab_size,
+                f"{name} is not in the vocabulary",
+                f"0..{self.vocab_size - 1}",
+                getattr(self, name),
+                "the official tokenizer has 0 and 1",
             )
+
+    def _check_attention(self) -> None:
         entries = self.num_hidden_layers + self.num_nextn_predict_layers
-        need(
-            len(self.compress_ratios) == entries,
+        ratios = self.compress_ratios
+        _need(
+            isinstance(ratios, tuple) and all(type(ratio) is int for ratio in ratios),
+            "compress_ratios",
+            "a list of whole numbers",
+            ratios,
+            "0 = window only, 4 = CSA, 128 = HCA",
+        )
+        _need(
+            len(ratios) == entries,
             "compress_ratios needs one entry per layer and one per MTP block",
             f"{entries} entries",
-            f"{len(self.compress_ratios)}",
+            len(ratios),
             "0 = window only, 4 = CSA, 128 = HCA; MTP blocks are 0",
         )
-        for i, ratio in enumerate(self.compress_ratios):
+        for i, ratio in enumerate(ratios):
             ok = ratio == 0 or (ratio > 1 and 128 % ratio == 0)
-            need(ok, f"compress_ratios[{i}]", "0, 4 or 128", ratio, "a ratio must divide 128")
-        need(
-            self.num_nextn_predict_layers <= 1 and not any(self.compress_ratios[-1:] * 1)
-            if self.num_nextn_predict_layers
-            else True,
-            "the MTP block",
-            "at most one, with compress ratio 0",
-            f"{self.num_nextn_predict_layers} with ratio {self.compress_ratios[-1:]}",
-            "V4 has one window-only MTP block",
+            _need(ok, f"compress_ratios[{i}]", "0, 4 or 128", ratio, "a ratio must divide 128")
+        hint = "V4 has one window-only MTP block"
+        _need(
+            self.num_nextn_predict_layers <= 1,
+            "num_nextn_predict_layers",
+            "0 or 1",
+            self.num_nextn_predict_layers,
+            hint,
         )
-        need(
-            self.num_key_value_heads == 1,
-            "V4 attention has one key/value head",
-            1,
-            self.num_key_value_heads,
-            "set num_key_value_heads to 1",
-        )
-        need(
-            self.scoring_func == "sqrtsoftplus",
-            "the router's scoring function",
-            "sqrtsoftplus",
-            self.scoring_func,
-            "V3's sigmoid routing is another architecture",
-        )
-        need(
-            self.num_experts_per_tok <= self.n_routed_experts,
-            "more experts per token than experts",
-            f"num_experts_per_tok <= {self.n_routed_experts}",
-            self.num_experts_per_tok,
-            "lower num_experts_per_tok",
-        )
-        need(
-            0 <= self.num_hash_layers <= self.num_hidden_layers,
-            "num_hash_layers",
-            f"0..{self.num_hidden_layers}",
-            self.num_hash_layers,
-            "hash-routed layers are the first ones of the trunk",
-        )
-        need(
-            self.qk_rope_head_dim % 2 == 0
-            and self.qk_rope_head_dim < min(self.head_dim, self.index_head_dim + 1),
+        if self.num_nextn_predict_layers:
+            _need(ratios[-1] == 0, "the MTP block's compress ratio", 0, ratios[-1], hint)
+        narrowest = min(self.head_dim, self.index_head_dim + 1)
+        _need(
+            self.qk_rope_head_dim % 2 == 0 and self.qk_rope_head_dim < narrowest,
             "qk_rope_head_dim rotates the last channels of head_dim and index_head_dim",
-            f"an even number below {min(self.head_dim, self.index_head_dim + 1)}",
+            f"an even number below {narrowest}",
             self.qk_rope_head_dim,
             "64 in every V4 model",
         )
-        need(
+        _need(
             self.index_head_dim & (self.index_head_dim - 1) == 0,
             "index_head_dim is rotated by a Hadamard matrix",
             "a power of two",
             self.index_head_dim,
             "128 in every V4 model",
         )
-        need(
-            self.num_attention_heads * self.head_dim % self.o_groups == 0
-            and self.num_attention_heads % self.o_groups == 0,
+        _need(
+            self.num_attention_heads % self.o_groups == 0,
             "o_groups must divide the heads",
             f"a divisor of {self.num_attention_heads}",
             self.o_groups,
             "8 for 64 heads, 16 for 128 heads",
         )
-        need(
+
+    def _check_experts(self) -> None:
+        _need(
+            self.num_experts_per_tok <= self.n_routed_experts,
+            "more experts per token than experts",
+            f"num_experts_per_tok <= {self.n_routed_experts}",
+            self.num_experts_per_tok,
+            "lower num_experts_per_tok",
+        )
+        _need(
+            self.num_hash_layers <= self.num_hidden_layers,
+            "num_hash_layers",
+            f"0..{self.num_hidden_layers}",
+            self.num_hash_layers,
+            "hash-routed layers are the first ones of the trunk",
+        )
+
+    def _check_storage(self) -> None:
+        _need(
             self.expert_dtype in ("fp4", "fp8", "bf16"),
             "expert_dtype",
             "fp4, fp8 or bf16",
             self.expert_dtype,
             "instruct checkpoints are fp4, Base checkpoints fp8",
         )
-        need(
-            not (self.attention_bias or self.tie_word_embeddings),
-            "V4 has no attention bias and does not tie its embeddings",
-            "attention_bias false, tie_word_embeddings false",
-            f"{self.attention_bias}, {self.tie_word_embeddings}",
-            "set both to false",
+        quantized = self.quantization_config
+        _need(
+            quantized is None or _is_object(quantized),
+            "quantization_config",
+            "a JSON object or null",
+            quantized,
+            "null goes with expert_dtype bf16",
+        )
+        _need(
+            isinstance((quantized or {}).get("scale_fmt", ""), str | None),
+            "quantization_config.scale_fmt",
+            "ue8m0, or no such key in Base checkpoints",
+            (quantized or {}).get("scale_fmt"),
+        )
+        _need(_is_object(self.extra), "extra", "an object", self.extra, "leave it out")
+        named = {*_HEADER, *(f.name for f in fields(self))} - {"extra"}
+        clash = named & set(self.extra)
+        _need(
+            not clash,
+            "extra is for keys that V4Config has no field for",
+            "other keys",
+            ", ".join(sorted(clash)),
+            "give them as fields",
         )
 
     # ------------------------------------------------------------------ derived
@@ -268,7 +322,12 @@ class V4Config:
     def preset(cls, name: str) -> V4Config:
         """A published shape (or ``nano``) by name; raises ConfigError for any other."""
         if name not in PRESETS:
-            raise ConfigError("no such preset", expected=", ".join(PRESETS), got=name)
+            raise ConfigError(
+                "no such preset",
+                expected=", ".join(PRESETS),
+                got=_shown(name),
+                hint="V4Config.from_json reads any other",
+            )
         size, _, base = name.partition("-")
         config = _NANO if size == "nano" else _PRO if size == "pro" else cls()
         return replace(config, **_BASE) if base else config
@@ -287,46 +346,54 @@ class V4Config:
                 hint="give the checkpoint's folder",
             )
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"cannot read {file}", expected="JSON", got=e) from e
-        return cls.from_dict(data)
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as e:
+            raise ConfigError(
+                f"cannot read {file}", expected="JSON", got=e, hint="fetch the file again"
+            ) from e
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> V4Config:
-        """From the parsed ``config.json``. Unknown keys are kept and written back."""
-        if not isinstance(data, Mapping):
-            raise ConfigError("config.json", expected="a JSON object", got=type(data).__name__)
-        architectures = data.get("architectures") or [ARCHITECTURE]
+        """From the parsed ``config.json``. Unknown keys are kept and written back.
+
+        The keys that transformers writes instead of the official ones are understood too
+        (layer_types, rope_parameters, ...); ``to_dict`` gives the official ones.
+        """
+        if not _is_object(data):
+            raise ConfigError(
+                "config.json",
+                expected="a JSON object",
+                got=_shown(data),
+                hint="V4Config.from_json reads a file",
+            )
+        architectures = data.get("architectures")
+        listed = architectures if isinstance(architectures, list | tuple) else []
         model_type = data.get("model_type", "deepseek_v4")
-        if ARCHITECTURE not in architectures or model_type != "deepseek_v4":
+        if model_type != "deepseek_v4" or not (architectures is None or ARCHITECTURE in listed):
             raise ConfigError(
                 "this is not a DeepSeek-V4 model",
                 expected=f"architectures [{ARCHITECTURE}], model_type deepseek_v4",
-                got=f"{architectures}, {model_type}",
+                got=f"{_shown(architectures)}, {_shown(model_type)}",
                 hint="dsv4 runs V4 only; V3.2 and V4.1 are other architectures",
             )
-        names = {f.name for f in fields(cls)} - {"extra", "rope_scaling"}
+        data = _official(data)
         missing = [n for n in _REQUIRED if n not in data]
         if missing:
             raise ConfigError(
-                "config.json lacks required keys", expected=", ".join(missing), got="absent"
+                "config.json lacks required keys",
+                expected=", ".join(missing),
+                got="absent",
+                hint="compare with a published one: dsv4 inspect --preset flash",
             )
-        known = {k: v for k, v in data.items() if k in names}
-        scaling = data.get("rope_scaling") or {"factor": 1}
-        if not isinstance(scaling, Mapping) or scaling.get("type", "yarn") != "yarn":
-            raise ConfigError("rope_scaling", expected="type yarn (or null)", got=scaling)
-        keep = {f.name for f in fields(RopeScaling)}
-        known["rope_scaling"] = RopeScaling(**{k: v for k, v in scaling.items() if k in keep})
+        names = {f.name for f in fields(cls)} - {"extra", "rope_scaling"}
+        known = {k: copy.deepcopy(v) for k, v in data.items() if k in names}
+        known["rope_scaling"] = _rope_scaling(data.get("rope_scaling"))
         if "expert_dtype" not in data:  # the first Pro upload lacked the key
             known["expert_dtype"] = "fp4" if data.get("quantization_config") else "bf16"
         known.setdefault("quantization_config", None)
-        skip = names | {"architectures", "model_type", "rope_scaling"}
-        known["extra"] = {k: v for k, v in data.items() if k not in skip}
-        try:
-            return cls(**known)
-        except TypeError as e:
-            raise ConfigError("config.json has a value of a wrong type", got=e) from e
+        skip = names | _HEADER | {"rope_scaling"}
+        known["extra"] = {k: copy.deepcopy(v) for k, v in data.items() if k not in skip}
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """The official keys, ready for ``json.dump``; ``from_dict`` is its inverse."""
@@ -340,27 +407,141 @@ class V4Config:
             elif isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Mapping):
-                value = dict(value)
+                value = copy.deepcopy(dict(value))
             if value is not None:
                 out[f.name] = value
-        return out | dict(self.extra)
+        return out | copy.deepcopy(dict(self.extra))
 
     def to_json(self, path: str | Path) -> None:
         """Write ``config.json`` at ``path`` (a file)."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+# ------------------------------------------------------------------ checking
+
+
+def _need(ok: bool, what: str, expected: object, got: object, hint: str = "") -> None:
+    if not ok:
+        hint = hint or "compare with a preset: dsv4 inspect --preset flash"
+        raise ConfigError(what, expected=expected, got=_shown(got), hint=hint)
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) and value.isprintable() and value else repr(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _check_types(config: V4Config | RopeScaling, prefix: str = "") -> None:
+    """Fields annotated int, float, bool and str hold just that; a float may be a whole number."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.type == "int":
+            ok, expected = type(value) is int, "a whole number"
+        elif f.type == "float":
+            ok, expected = type(value) in (int, float) and _is_finite(value), "a finite number"
+        elif f.type == "bool":
+            ok, expected = type(value) is bool, "true or false"
+        elif f.type == "str":
+            ok, expected = isinstance(value, str), "a string"
+        elif f.type == "RopeScaling":
+            ok, expected = isinstance(value, RopeScaling), "a RopeScaling"
+        else:
+            continue
+        _need(ok, prefix + f.name, expected, repr(value))
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int that no float holds
+        return False
+
+
+# ------------------------------------------------------------------ what others write
+
+
+def _rope_scaling(scaling: object) -> RopeScaling:
+    """From ``rope_scaling``, whose kind is under ``type`` or, in newer files, ``rope_type``."""
+    if scaling is None or scaling == {}:
+        return RopeScaling(factor=1)
+    _need(_is_object(scaling), "rope_scaling", "a JSON object or null", scaling)
+    assert isinstance(scaling, Mapping)
+    kind = scaling.get("type", scaling.get("rope_type", "yarn"))
+    if kind == "default":
+        return RopeScaling(factor=1)
+    _need("factor" in scaling, "rope_scaling.factor", "a number of at least 1", "absent")
+    keep = {f.name for f in fields(RopeScaling)}
+    return RopeScaling(**{k: v for k, v in scaling.items() if k in keep} | {"type": kind})
+
+
+def _official(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with the official keys, where transformers wrote its own for the same things."""
+    out = dict(data)
+    kinds, rates = out.pop("layer_types", None), out.pop("compress_rates", None)
+    if "compress_ratios" not in out and isinstance(kinds, list):
+        table = {"sliding_attention": 0, **_RATES, **(rates if _is_object(rates) else {})}
+        mtp = out.get("num_nextn_predict_layers", 1)
+        out["compress_ratios"] = [table.get(str(kind)) for kind in kinds]
+        out["compress_ratios"] += [0] * (mtp if type(mtp) is int and mtp < 9 else 0)
+    routers = out.pop("mlp_layer_types", None)
+    if "num_hash_layers" not in out and isinstance(routers, list):
+        hashed = [router == "hash_moe" for router in routers]
+        _need(
+            hashed == sorted(hashed, reverse=True),
+            "mlp_layer_types",
+            "hash_moe layers first",
+            routers,
+            "V4 routes by hash in its first layers only",
+        )
+        out["num_hash_layers"] = sum(hashed)
+    ropes = out.pop("rope_parameters", None)
+    if "rope_scaling" not in out and isinstance(ropes, Mapping):
+        out["rope_scaling"] = ropes.get("compress", ropes)
+        for key, name in (("rope_theta", "main"), ("compress_rope_theta", "compress")):
+            if isinstance(rope := ropes.get(name), Mapping) and "rope_theta" in rope:
+                out.setdefault(key, rope["rope_theta"])
+    if isinstance(dtype := out.pop("dtype", None), str):
+        out.setdefault("torch_dtype", dtype)
+    quantized = out.get("quantization_config")
+    if isinstance(quantized, Mapping) and "expert_dtype" in quantized:
+        out["quantization_config"] = {k: v for k, v in quantized.items() if k != "expert_dtype"}
+        out.setdefault("expert_dtype", quantized["expert_dtype"])
+    return out
+
+
+_RATES = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 _REQUIRED = (
     "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads "
     "n_routed_experts num_experts_per_tok q_lora_rank o_groups o_lora_rank compress_ratios"
 ).split()
-_POSITIVE = (
-    "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads "
-    "n_routed_experts n_shared_experts num_experts_per_tok q_lora_rank head_dim o_groups "
-    "o_lora_rank sliding_window max_position_embeddings index_n_heads index_head_dim index_topk "
-    "hc_mult hc_sinkhorn_iters"
-).split()
-_QUANTIZATION = {
+_HEADER = {"architectures", "model_type"}
+# (names, least value, is the least itself excluded?)
+_RANGES = (
+    (
+        "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads "
+        "n_routed_experts n_shared_experts num_experts_per_tok q_lora_rank head_dim "
+        "qk_rope_head_dim o_groups o_lora_rank sliding_window max_position_embeddings "
+        "index_n_heads index_head_dim index_topk hc_mult hc_sinkhorn_iters",
+        1,
+        False,
+    ),
+    ("num_hash_layers num_nextn_predict_layers swiglu_limit initializer_range", 0, False),
+    ("routed_scaling_factor hc_eps rms_norm_eps", 0, True),
+    ("rope_theta compress_rope_theta", 1, True),
+)
+_FIXED: dict[str, tuple[object, str]] = {
+    "num_key_value_heads": (1, "V4 attention has one key/value head"),
+    "scoring_func": ("sqrtsoftplus", "V3's sigmoid routing is another architecture"),
+    "topk_method": ("noaux_tc", "V4's router has a bias that only selects"),
+    "hidden_act": ("silu", "V4's experts are SwiGLU"),
+    "attention_bias": (False, "V4 has no attention bias"),
+    "tie_word_embeddings": (False, "V4 does not tie its embeddings"),
+}
+_QUANTIZATION: dict[str, Any] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
