@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import kernels, quant
+from .. import quant
 from ..checkpoint import inventory, save_checkpoint
 from ..config import PRESETS, V4Config
 from ..errors import TrainingError
@@ -64,7 +64,6 @@ class Recipe:
     vocab_documents: int = 20000
     checkpoint_minutes: float = 3.0
     log_every: int = 10
-    compile: bool = True
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -223,8 +222,6 @@ class Run:
         )
 
         r = self.recipe
-        if r.compile:
-            kernels.compile_elementwise()
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
