@@ -64,7 +64,7 @@ def grouped_linear(
 
 def head(x: Tensor, weight: Tensor) -> Tensor:
     """Logits ``[..., V]`` in float32; the weight is widened a slice at a time."""
-    if torch.is_grad_enabled():
+    if x.requires_grad:
         return F.linear(x, weight.to(x.dtype)).float()
     slices = weight.split(max(1, (1 << 22) // weight.shape[1]))
     return torch.cat([F.linear(x.float(), w.float()) for w in slices], -1)
@@ -116,7 +116,7 @@ def hc_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     flat = streams.flatten(-2)
     norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
     scale = torch.rsqrt(norm.square() / flat.shape[-1] + eps)
-    mm = flat.dtype if torch.is_grad_enabled() else torch.float32
+    mm = flat.dtype if flat.requires_grad else torch.float32
     return F.linear(flat.to(mm), fn.to(mm)).float() * scale
 
 
@@ -152,7 +152,7 @@ def hc_read(
 
 def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     """Normalise columns, then ``iters - 1`` times rows and columns, of ``comb [..., h, h]``."""
-    if torch.is_grad_enabled() and comb.requires_grad:
+    if comb.requires_grad:
         out: Tensor = _Sinkhorn.apply(comb, iters, eps)  # type: ignore[no-untyped-call]
         return out
     m = comb.flatten(0, -3).permute(1, 2, 0).contiguous()  # [h, h, N]: long rows vectorise
@@ -341,7 +341,7 @@ def _softmax_attention(
     ``dtype`` before they meet the values, as in the reference.
     """
     b, n, h, d = q.shape
-    training = torch.is_grad_enabled()
+    training = q.requires_grad
     mm = dtype if training else torch.float32
     keys = F.pad(keys.to(mm), (0, 0, 1, 0))
     bias = F.pad(sink.to(mm).unsqueeze(1), (0, keys.shape[1] - 1))  # [H, 1 + S]
@@ -374,9 +374,9 @@ def _gathered(
     dtype: torch.dtype,
 ) -> Tensor:
     """Like ``_softmax_attention`` when few of many rows are chosen: each query has its own."""
-    b, n, h, _ = q.shape
-    mine = rows.gather(1, chosen.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2]))
-    mine = mine.view(b, n, -1, rows.shape[2]).float()
+    b, n = chosen.shape[:2]
+    picked = chosen.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])
+    mine = rows.gather(1, picked).view(b, n, -1, rows.shape[2]).float()
     qf, near = q.float(), near.float()
     outside = _outside_window(n, near.shape[1], first, width, q.device)
     to_near = torch.einsum("bnhd,bsd->bnhs", qf, near) * scale
@@ -430,7 +430,7 @@ def routed_experts(
     mm = matmul_dtype(dtype)
     if round_activations:
         x = fp8_round(x)
-    if x.shape[0] == 1 and not torch.is_grad_enabled():
+    if x.shape[0] == 1 and not x.requires_grad:
         return _one_row(x, ids[0].tolist(), weights[0], w1, w2, w3, limit, round_activations, dtype)
     k = ids.shape[1]
     order = ids.flatten().argsort(stable=True)
@@ -467,13 +467,9 @@ def _one_row(
     mm = matmul_dtype(dtype)
 
     def batch(table: list[Stored]) -> Tensor:
-        scales = [s.scale for s in table if s.scale is not None]
-        packed = None if not scales else torch.stack([s.view(torch.uint8) if s.dtype.itemsize == 1
-                                                      else s for s in scales])
-        if packed is not None:
-            packed = packed.view(scales[0].dtype)
-        raw = [t.weight.view(torch.uint8) if t.weight.dtype.itemsize == 1 else t.weight for t in table]
-        return dequantize(torch.stack(raw).view(table[0].weight.dtype), packed, mm)
+        codes = _stack([t.weight for t in table])
+        scales = [t.scale for t in table if t.scale is not None]
+        return dequantize(codes, _stack(scales) if scales else None, mm)
 
     k = len(ids)
     both = batch([w1[e] for e in ids] + [w3[e] for e in ids])
@@ -483,3 +479,10 @@ def _one_row(
         act = fp8_round(act)
     down = torch.bmm(batch([w2[e] for e in ids]), act.to(mm).unsqueeze(2)).squeeze(2).to(dtype)
     return down.float().sum(0, keepdim=True)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """``torch.stack`` for any dtype; bytes are copied as bytes."""
+    if tensors[0].dtype.itemsize > 1:
+        return torch.stack(tensors)
+    return torch.stack([t.view(torch.uint8) for t in tensors]).view(tensors[0].dtype)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from .. import quant
 from ..checkpoint import inventory, save_checkpoint
 from ..config import PRESETS, V4Config
 from ..errors import TrainingError
-from ..model import TRAIN, TRAIN_QAT, Gate, MoE, Transformer
+from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
 from ..tokenizer import Tokenizer
 from .data import batches, corpus_for_tokenizer, ramp
 from .optim import MuonAdamW, OptimSettings
@@ -162,7 +161,9 @@ class Run:
         return total, parts, run.balance
 
     @staticmethod
-    def _token_loss(streams: Tensor, targets: Tensor, weights: Tensor, run: Any, head: Any) -> Tensor:
+    def _token_loss(
+        streams: Tensor, targets: Tensor, weights: Tensor, run: Any, head: Any
+    ) -> Tensor:
         """Mean cross-entropy over the tokens that count; only their logits are computed."""
         at = weights.flatten().nonzero().squeeze(1)
         logits = head(streams.flatten(0, 1)[at], run)
