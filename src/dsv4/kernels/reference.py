@@ -245,15 +245,20 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 def index_topk(
     q: Tensor, keys: Tensor, weights: Tensor, start: int, ratio: int, k: int
 ) -> Tensor:
-    """The ``k`` best rows for each query: int64 ``[B, T, k]``, -1 where fewer are visible."""
+    """The ``k`` best rows for each query, ascending: int64 ``[B, T, k]``, -1 where fewer are
+    visible. Of equal scores the earlier row wins, so the choice does not depend on ``S``."""
     picked = []
     for a in range(0, q.shape[1], QUERY_BLOCK):
         block = slice(a, a + QUERY_BLOCK)
         scores = index_scores(q[:, block], keys, weights[:, block])
-        seen = visible_rows(start + a, scores.shape[1], ratio, q.device)
-        hidden = torch.arange(keys.shape[1], device=q.device) >= seen[:, None]
-        best = scores.masked_fill_(hidden, -torch.inf).topk(k, -1)
-        picked.append(best.indices.masked_fill_(best.indices >= seen[:, None], -1))
+        seen = visible_rows(start + a, scores.shape[1], ratio, q.device)[:, None]
+        scores.masked_fill_(torch.arange(keys.shape[1], device=q.device) >= seen, -torch.inf)
+        least = scores.topk(k, -1).values[..., -1:]
+        better, equal = scores > least, scores == least
+        room = k - better.sum(-1, keepdim=True)
+        best = better | (equal & (equal.cumsum(-1) <= room))  # exactly k in each row
+        rows = best.nonzero()[:, -1].view(*scores.shape[:2], k)
+        picked.append(rows.masked_fill_(rows >= seen, -1))
     return torch.cat(picked, 1)
 
 

@@ -1,0 +1,134 @@
+"""However a session got to its tokens, its logits are those of one full pass."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dsv4
+from dsv4.checkpoint import save_checkpoint
+from dsv4.config import V4Config
+from dsv4.synth import synthesize
+
+LENGTH = 700
+SHAPES = {"flash": (0, 4, 128, 4, 0), "pro": (128, 4, 128, 0)}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dsv4.Model:
+    ratios = SHAPES[request.param]
+    config = V4Config(
+        vocab_size=256, hidden_size=256, moe_intermediate_size=128,
+        num_hidden_layers=len(ratios) - 1, num_hash_layers=1, num_attention_heads=2,
+        n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=128, head_dim=128, o_groups=2,
+        o_lora_rank=128, compress_ratios=ratios, index_n_heads=2, index_topk=24,
+    )
+    folder = tmp_path_factory.mktemp("model") / request.param
+    save_checkpoint(folder, config, synthesize(config, seed=1))
+    return dsv4.load(folder, numerics="float32")
+
+
+few = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+IDS = torch.randint(256, (LENGTH,), generator=torch.Generator().manual_seed(5)).tolist()
+_full: dict[str, torch.Tensor] = {}
+
+
+def full(model: dsv4.Model) -> torch.Tensor:
+    if model.name not in _full:
+        _full[model.name] = model.logits(IDS)
+    return _full[model.name]
+
+
+def same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+@few
+@given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=8))
+def test_any_chunking(model: dsv4.Model, cuts: list[int]) -> None:
+    session, edges = model.session(), sorted({0, LENGTH, *cuts})
+    pieces = [session.extend(IDS[a:b]) for a, b in pairwise(edges)]
+    same(torch.cat(pieces), full(model))
+    assert session.tokens == IDS and len(session) == LENGTH
+
+
+def test_token_by_token_across_every_boundary(model: dsv4.Model) -> None:
+    session = model.session()
+    rows = torch.cat([session.extend([i]) for i in IDS[:270]])
+    same(rows, full(model)[:270])
+
+
+@few
+@given(keeps=st.lists(st.integers(0, LENGTH), min_size=1, max_size=3))
+def test_rewound_and_fed_again(model: dsv4.Model, keeps: list[int]) -> None:
+    session = model.session()
+    session.extend(IDS, last=True)
+    for keep in keeps:
+        session.rewind(keep)
+        assert session.tokens == IDS[:keep]
+        other = [(i + 1) % 256 for i in IDS[keep : keep + 40]]  # a detour, forgotten again
+        if other:
+            session.extend(other)
+            session.rewind(keep)
+        if keep < LENGTH:
+            same(session.extend(IDS[keep:]), full(model)[keep:])
+
+
+def test_forks_do_not_touch_each_other(model: dsv4.Model) -> None:
+    session = model.session()
+    session.extend(IDS[:300], last=True)
+    fork = session.fork()
+    fork.extend([1, 2, 3])
+    fork.rewind(200)
+    fork.extend([7] * 150)
+    same(session.extend(IDS[300:]), full(model)[300:])
+    fork.rewind(200)
+    same(fork.extend(IDS[200:]), full(model)[200:])
+
+
+def test_last_gives_the_last_row(model: dsv4.Model) -> None:
+    got = model.session().extend(IDS[:200], last=True)
+    assert got.shape == (1, 256)
+    same(got, full(model)[199:200])
+
+
+def test_state_is_small_and_counted(model: dsv4.Model) -> None:
+    session = model.session()
+    session.extend(IDS, last=True)
+    ratios = model.config.compress_ratios[:-1]
+    rows = sum(LENGTH // r * (2 if r == 4 else 1) for r in ratios if r) * 128
+    assert rows * 4 <= session.bytes() < 40 * rows * 4
+
+
+@pytest.mark.parametrize("bad", [[], [256], [-1]])
+def test_bad_tokens_leave_the_session_alone(model: dsv4.Model, bad: list[int]) -> None:
+    session = model.session()
+    session.extend([1, 2, 3])
+    with pytest.raises(dsv4.RequestError):
+        session.extend(bad)
+    with pytest.raises(dsv4.RequestError):
+        session.rewind(4)
+    assert session.tokens == [1, 2, 3]
+
+
+def test_greedy_generation_is_the_argmax_of_full_passes(model: dsv4.Model) -> None:
+    ids = IDS[:50]
+    out = model.generate(ids, dsv4.SamplingParams(max_tokens=6, temperature=0, stop_token_ids=()))
+    for token in out:
+        assert int(model.logits(ids)[-1].argmax()) == token
+        ids = [*ids, token]
+
+
+def test_full_size_models_build_without_memory() -> None:
+    from dsv4.model import Transformer
+
+    net = Transformer(V4Config.preset("flash"))
+    assert all(p.device.type == "meta" for p in net.parameters())
+    unquantised = sum(p.numel() for n, p in net.named_parameters() if not n.endswith("tid2eid"))
+    assert unquantised == V4Config.preset("flash").parameter_counts().total
