@@ -21,7 +21,8 @@ def test_float32_logits_agree(tmp_path: Path, ratios: tuple[int, ...]) -> None:
     transformers = pytest.importorskip("transformers")
     config = V4Config(
         vocab_size=512, hidden_size=256, moe_intermediate_size=128,
-        num_hidden_layers=len(ratios) - 1, num_hash_layers=1, num_attention_heads=4, n_routed_experts=8, num_experts_per_tok=2,
+        num_hidden_layers=len(ratios) - 1, num_hash_layers=1,
+        num_attention_heads=4, n_routed_experts=8, num_experts_per_tok=2,
         q_lora_rank=128, o_groups=2, o_lora_rank=128, compress_ratios=ratios, index_n_heads=16,
         index_topk=16,
     )

@@ -1,0 +1,136 @@
+"""A run resumes bit for bit, exports what it trained, and its optimizer does what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsv4
+from dsv4 import quant
+from dsv4.model import TRAIN, TRAIN_QAT, Transformer
+from dsv4.train.loop import Recipe, Run
+from dsv4.train.optim import MuonAdamW, OptimSettings, orthogonalize, uses_muon
+
+TINY = Recipe(
+    model={
+        "vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 128,
+        "n_routed_experts": 4, "compress_ratios": [0, 4, 128, 0], "index_n_heads": 2,
+    },
+    steps=6, tokens_per_batch=1024, first_length=160, last_length=160, vocab_documents=300,
+    warmup_steps=2, log_every=1, qat_from=0.6,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(TINY, tmp_path_factory.mktemp("run"))
+    run.train()
+    return run
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(finished: Run, tmp_path: Path) -> None:
+    first = Run(TINY, tmp_path)
+    stream = first.data()
+    for _ in range(3):
+        first.train_step(*next(stream))
+        first.step += 1
+    first.save()
+    second = Run(TINY, tmp_path)
+    assert second.resumed and second.step == 3
+    second.train()
+    for (name, a), b in zip(
+        finished.net.state_dict().items(), second.net.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+
+
+def test_the_loss_falls_and_is_logged(finished: Run) -> None:
+    lines = [json.loads(x) for x in (finished.folder / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"mtp", "grad_norm", "lr", "tokens_per_s", "worst_load"} <= set(lines[-1])
+
+
+def test_the_exported_files_are_the_trained_model(finished: Run) -> None:
+    ids = finished.tokenizer.encode("What is 12 + 30?")
+    parent = dsv4.load(finished.folder / "parent", numerics="float32")
+    stored = dsv4.load(finished.folder / "model", numerics="float32")
+    assert parent.config.expert_dtype == "bf16" and stored.config.expert_dtype == "fp4"
+    assert parent.tokenizer is not None and stored.tokenizer is not None
+    with torch.no_grad():
+        run = finished.net.start(torch.tensor([ids]), TRAIN_QAT)
+        qat = finished.net.logits(finished.net.trunk(run), run)[0]
+    p, q = stored.logits(ids).log_softmax(-1), qat.log_softmax(-1)
+    assert (p.exp() * (p - q)).sum(-1).mean() < 1e-2
+    gap = (stored.logits(ids) - parent.logits(ids)).abs().max()
+    assert 0 < gap < 1
+
+
+def test_fake_quantised_weights_are_the_stored_ones() -> None:
+    torch.manual_seed(0)
+    w = (torch.randn(256, 384) * 0.05).requires_grad_()
+    for fmt, make in (("fp4", quant.quantize_fp4), ("fp8", quant.quantize_fp8)):
+        fake = quant.fake_quant_weight(w, fmt)
+        torch.testing.assert_close(fake, quant.dequantize(*make(w.detach())), rtol=0, atol=1e-8)
+        (grad,) = torch.autograd.grad((fake * 3).sum(), w)
+        assert torch.equal(grad, torch.full_like(grad, 3.0))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 512), (512, 128)])
+@pytest.mark.parametrize("condition", [1.0, 1e-3])
+def test_orthogonalized_singular_values_are_one(shape: tuple[int, int], condition: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape, generator=g), full_matrices=False)
+    s = torch.logspace(0, torch.tensor(condition).log10().item(), len(s)) if condition < 1 else s
+    values = torch.linalg.svdvals(orthogonalize(u @ torch.diag(s) @ v, torch.float32))
+    torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-3)
+
+
+def test_every_parameter_has_one_optimizer() -> None:
+    net = Transformer(TINY.config())
+    net.init_weights()
+    optim = MuonAdamW(net.named_parameters(), OptimSettings())
+    for name, p in net.named_parameters():
+        assert (name + ".v" in optim.state) == (p.requires_grad and not uses_muon(name, p)), name
+    muon = {n for n, p in net.named_parameters() if uses_muon(n, p) and p.requires_grad}
+    assert "layers.0.attn.wq_a.weight" in muon and "layers.1.ffn.experts.0.w1.weight" in muon
+    assert not muon & {"embed.weight", "head.weight", "norm.weight", "layers.1.attn.attn_sink"}
+
+
+def test_gradients_reach_everything_that_trains() -> None:
+    net = Transformer(replace(TINY.config(), index_topk=2))
+    net.init_weights(std=0.05)
+    ids = torch.randint(512, (2, 160), generator=torch.Generator().manual_seed(1))
+    run = net.start(ids, TRAIN)
+    streams = net.trunk(run)
+    loss = net.logits(streams, run).square().mean()
+    loss = loss + net.mtp_logits(net.mtp_streams(streams, run), run).square().mean()
+    loss.backward()
+    silent = {n for n, p in net.named_parameters() if p.requires_grad and p.grad is None}
+    # the indexer only chooses; it needs a loss of its own
+    assert all(".indexer." in n for n in silent), silent
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("stepz = 3", "stepz"), ('steps = "many"', "steps"), ('preset = "huge"', "huge"), ("=", "TOML")],
+)
+def test_bad_recipes_are_refused(tmp_path: Path, text: str, names: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(dsv4.TrainingError, match=names):
+        Recipe.read(tmp_path / "r.toml")
+
+
+def test_a_state_of_another_model_is_refused(finished: Run) -> None:
+    other = replace(TINY, model=TINY.model | {"n_routed_experts": 8})
+    with pytest.raises(dsv4.TrainingError, match="another model"):
+        Run(other, finished.folder)
+
+
+def test_shipped_recipes_can_be_read() -> None:
+    files = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+    assert files and all(Recipe.read(f).config() for f in files)
