@@ -117,7 +117,12 @@ def test_gradients_reach_everything_that_trains() -> None:
 
 @pytest.mark.parametrize(
     ("text", "names"),
-    [("stepz = 3", "stepz"), ('steps = "many"', "steps"), ('preset = "huge"', "huge"), ("=", "TOML")],
+    [
+        ("stepz = 3", "stepz"),
+        ('steps = "many"', "steps"),
+        ('preset = "huge"', "huge"),
+        ("=", "TOML"),
+    ],
 )
 def test_bad_recipes_are_refused(tmp_path: Path, text: str, names: str) -> None:
     (tmp_path / "r.toml").write_text(text)

@@ -212,7 +212,7 @@ class Run:
         )
 
     def train(self) -> None:
-        """Go on until ``steps``; Ctrl-C saves and stops. Exports at the end."""
+        """Go on until ``steps``; Ctrl-C or SIGTERM saves and stops. Exports at the end."""
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -222,6 +222,12 @@ class Run:
             TimeRemainingColumn,
         )
 
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         r = self.recipe
         columns = (
             TextColumn("[bold]{task.description}"),
@@ -271,6 +277,8 @@ class Run:
             finally:
                 log.close()
                 self.save()
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         self.export()
 
     # ------------------------------------------------------------ files
