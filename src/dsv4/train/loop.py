@@ -182,7 +182,7 @@ class Run:
                 f"the loss is {parts['loss']} at step {self.step}",
                 hint="lower lr; the last good state is in state.pt",
             )
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         trained = [p for p in self.net.parameters() if p.requires_grad]
         for p in trained:  # experts that saw no token
             if p.grad is None:
