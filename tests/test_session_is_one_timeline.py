@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -132,3 +133,20 @@ def test_full_size_models_build_without_memory() -> None:
     assert all(p.device.type == "meta" for p in net.parameters())
     unquantised = sum(p.numel() for n, p in net.named_parameters() if not n.endswith("tid2eid"))
     assert unquantised == V4Config.preset("flash").parameter_counts().total
+
+
+def test_official_rounding_needs_whole_blocks() -> None:
+    from dsv4.model import FLOAT32, OFFICIAL, check_numerics
+
+    odd = replace(V4Config.preset("nano"), hidden_size=320)
+    check_numerics(FLOAT32, odd)
+    with pytest.raises(dsv4.ConfigError, match="multiple of 128"):
+        check_numerics(OFFICIAL, odd)
+
+
+def test_a_prompt_that_fills_the_context_is_refused(
+    model: dsv4.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "config", replace(model.config, max_position_embeddings=50))
+    with pytest.raises(dsv4.ContextLengthError):
+        model.generate(IDS[:50])

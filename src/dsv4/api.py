@@ -20,7 +20,7 @@ from .config import V4Config
 from .engine.sample import SamplingParams, sample
 from .engine.session import Session, check_ids
 from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
-from .model import Numerics, Pass, Transformer, numerics
+from .model import Numerics, Pass, Transformer, check_numerics, numerics
 from .tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "models"
@@ -67,6 +67,7 @@ class Model:
     def from_checkpoint(cls, checkpoint: Checkpoint, numerics_name: str = "official") -> Model:
         """From an opened checkpoint; its tensors are used where they lie."""
         nx = numerics(numerics_name)
+        check_numerics(nx, checkpoint.config)
         net = Transformer(checkpoint.config)
         net.load_weights(checkpoint.names(), checkpoint.tensor)
         file = checkpoint.path / "tokenizer.json"
@@ -139,6 +140,12 @@ class Model:
         stop = (self.config.eos_token_id,) if p.stop_token_ids is None else p.stop_token_ids
         session = self.session()
         room = self.config.max_position_embeddings - len(prompt_ids)
+        if room <= 0:
+            raise ContextLengthError(
+                "the prompt leaves no room for an answer",
+                expected=f"fewer than {self.config.max_position_embeddings} tokens",
+                got=len(prompt_ids),
+            )
         limit = min(room, p.max_tokens or room)
         row = session.extend(list(prompt_ids), last=True)[-1]
         out: list[int] = []

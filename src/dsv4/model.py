@@ -53,6 +53,7 @@ OFFICIAL = Numerics("official", torch.bfloat16, official=True)
 FLOAT32 = Numerics("float32", torch.float32)
 TRAIN = Numerics("train", torch.bfloat16)
 TRAIN_QAT = Numerics("train-qat", torch.bfloat16, qat=True)
+KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
 NUMERICS = {n.name: n for n in (OFFICIAL, FLOAT32)}
 
 
@@ -77,6 +78,28 @@ class AttentionState(Protocol):
 
     def rows(self, which: str, new: Tensor) -> Tensor:
         """Append compressed rows; return all of them."""
+
+
+def check_numerics(nx: Numerics, config: V4Config) -> None:
+    """ConfigError when the blocks of official rounding do not divide the model's widths."""
+    if not nx.official:
+        return
+    blocks = {
+        "hidden_size": (config.hidden_size, quant.FP8_BLOCK),
+        "q_lora_rank": (config.q_lora_rank, quant.FP8_BLOCK),
+        "o_groups * o_lora_rank": (config.o_groups * config.o_lora_rank, quant.FP8_BLOCK),
+        "moe_intermediate_size": (config.moe_intermediate_size, quant.FP8_BLOCK),
+        "head_dim - qk_rope_head_dim": (config.head_dim - config.qk_rope_head_dim, KV_BLOCK),
+        "index_head_dim": (config.index_head_dim, quant.FP4_BLOCK),
+    }
+    for what, (value, block) in blocks.items():
+        if value % block:
+            raise ConfigError(
+                f"official numerics round {what} in blocks",
+                expected=f"a multiple of {block}",
+                got=value,
+                hint='numerics "float32"',
+            )
 
 
 @dataclass
@@ -249,7 +272,7 @@ def kv_rounded(entries: Tensor, run: Pass) -> Tensor:
     if not run.nx.official:
         return entries
     plain = entries.shape[-1] - run.config.qk_rope_head_dim
-    return torch.cat((quant.fp8_round(entries[..., :plain], 64), entries[..., plain:]), -1)
+    return torch.cat((quant.fp8_round(entries[..., :plain], KV_BLOCK), entries[..., plain:]), -1)
 
 
 def fp4_rotated(x: Tensor, nx: Numerics) -> Tensor:
