@@ -29,13 +29,13 @@ E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
 def ceil_pow2(x: Tensor) -> Tensor:
-    """The smallest power of two >= x, for positive finite float32 ``x``."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
+    """The smallest power of two >= x, and at least 2^-126, for positive finite float32 ``x``."""
+    bits = (x.view(torch.int32) + 0x007FFFFF) & 0x7F800000  # any mantissa carries upwards
+    return bits.view(torch.float32)
 
 
 def _scale_for(amax: Tensor, largest: float, floor: float) -> Tensor:
-    return ceil_pow2(amax.clamp_min(floor) / largest).clamp_min(2.0**-126)
+    return ceil_pow2(amax.clamp_min(floor) / largest)
 
 
 # ---------------------------------------------------------------- activations
@@ -57,7 +57,7 @@ def fp8_round(x: Tensor, block: int = FP8_BLOCK) -> Tensor:
     """``x`` as it looks after FP8 quantisation per ``block`` channels; the dtype stays."""
     blocks = x.float().unflatten(-1, (-1, block))
     scale = _scale_for(blocks.abs().amax(-1, keepdim=True), FP8_MAX, 1e-4)
-    return (round_e4m3(blocks / scale) * scale).flatten(-2).to(x.dtype)
+    return round_e4m3(blocks, scale).flatten(-2).to(x.dtype)
 
 
 def fp4_round(x: Tensor, block: int = FP4_BLOCK) -> Tensor:
@@ -67,16 +67,15 @@ def fp4_round(x: Tensor, block: int = FP4_BLOCK) -> Tensor:
     return (_round_e2m1(blocks / scale) * scale).flatten(-2).to(x.dtype)
 
 
-def round_e4m3(y: Tensor) -> Tensor:
-    """Nearest E4M3 value of float32 ``y`` (clamped to +-448), as float32.
+def round_e4m3(y: Tensor, scale: Tensor) -> Tensor:
+    """The nearest E4M3 values times ``scale`` (powers of two) to float32 ``|y| <= 448 scale``.
 
     Adding and taking away ``1.5 * 2^23`` units in the last place rounds to nearest even in plain
     float32 arithmetic, several times faster than a cast to float8 and back.
     """
-    y = y.clamp(-FP8_MAX, FP8_MAX)
     bits = y.view(torch.int32) & 0x7F800000  # 2 ** floor(log2 |y|)
-    ulp_magic = bits.view(torch.float32).clamp_min(2.0**-6) * (1.5 * 2.0**20)  # 3 mantissa bits
-    return (y + ulp_magic) - ulp_magic
+    ulp_magic = bits.view(torch.float32).maximum(scale * 2.0**-6).mul_(1.5 * 2.0**20)
+    return (y + ulp_magic).sub_(ulp_magic)  # 3 mantissa bits
 
 
 def _round_e2m1(y: Tensor) -> Tensor:
@@ -130,54 +129,45 @@ def dequantize(
 
     int8 is FP4 pairs with scales ``[..., N, K / 32]``; float8_e4m3fn has scales
     ``[..., ceil(N / 128), ceil(K / 128)]``; floats pass through. Exact in float32, and in bfloat16
-    too: four significant bits times a power of two (the exponent range is the same).
+    too (four significant bits times a power of two, the exponent range is the same), for scales
+    below 2^112.
     """
     if weight.dtype in (torch.int8, torch.uint8):
         assert scale is not None
-        pairs = torch.index_select(
-            _fp4_pairs(dtype), 0, weight.reshape(-1).view(torch.uint8).int()
-        )
-        values = pairs.view(dtype).view(*weight.shape[:-1], -1, FP4_BLOCK)
-        return values.mul_(_float_scale(scale, dtype).unsqueeze(-1)).flatten(-2)
+        values = _fp4_as_half(weight).float()
+        blocks = values.unflatten(-1, (-1, FP4_BLOCK))
+        blocks.mul_((scale.float() * 2.0**14).unsqueeze(-1))
+        return values.to(dtype)
     if weight.dtype == E4M3:
         assert scale is not None
         n, k = weight.shape[-2:]
-        if k % 2 or dtype != torch.bfloat16 or not weight.is_contiguous():
-            values = weight.to(dtype)
-        else:
-            pairs = torch.index_select(
-                _fp8_pairs(), 0, weight.reshape(-1).view(torch.uint16).int()
-            )
-            values = pairs.view(dtype).view(weight.shape)
-        factor = _float_scale(scale, dtype)
-        if n % FP8_BLOCK or k % FP8_BLOCK:
-            factor = factor.repeat_interleave(FP8_BLOCK, -2)[..., :n, :]
-            return values.mul_(factor.repeat_interleave(FP8_BLOCK, -1)[..., :k])
-        blocks = values.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
-        blocks.mul_(factor.unsqueeze(-2).unsqueeze(-1))
-        return values
+        values = _fp8_as_half(weight).float()
+        factor = (scale.float() * 2.0**8).repeat_interleave(FP8_BLOCK, -2)
+        if n % FP8_BLOCK:
+            factor = factor[..., :n, :]
+        if k % FP8_BLOCK:
+            return values.mul_(factor.repeat_interleave(FP8_BLOCK, -1)[..., :k]).to(dtype)
+        values.unflatten(-1, (-1, FP8_BLOCK)).mul_(factor.unsqueeze(-1))
+        return values.to(dtype)
     return weight.to(dtype)
 
 
-def _float_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return scale.float().to(dtype)
+# Both formats fit in float16 but for the exponent's bias, so their bits are moved into place with
+# integer arithmetic: several times faster than a table or a cast, and unlike in bfloat16 the small
+# ones stay normal when widened, where CPUs are slow otherwise.
 
 
-@functools.cache
-def _fp4_pairs(dtype: torch.dtype) -> Tensor:
-    """Byte -> its two values, packed in one integer as wide as two ``dtype`` numbers."""
-    values = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), dtype=dtype)
-    byte = torch.arange(256)
-    pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1)
-    return pairs.view(torch.int32 if dtype.itemsize == 2 else torch.int64).squeeze(-1)
+def _fp4_as_half(pairs: Tensor) -> Tensor:
+    """FP4 pairs ``[..., K / 2]`` -> float16 ``[..., K]``, times 2^-14."""
+    wide = pairs.contiguous().view(torch.uint8).to(torch.int32)
+    both = wide.mul_(0x0100_1000).view(torch.int16)  # a code in the upper bits of either half
+    return both.bitwise_right_shift_(3).bitwise_and_(-0x7200).view(torch.float16)
 
 
-@functools.cache
-def _fp8_pairs() -> Tensor:
-    """Two FP8 bytes (as uint16, little endian) -> two bfloat16 numbers in one int32."""
-    values = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.bfloat16)
-    code = torch.arange(65536)
-    return torch.stack((values[code & 255], values[code >> 8]), -1).view(torch.int32).squeeze(-1)
+def _fp8_as_half(codes: Tensor) -> Tensor:
+    """E4M3 codes -> float16 of the same shape, times 2^-8."""
+    wide = codes.contiguous().view(torch.int8).to(torch.int16)  # the sign fills the upper bits
+    return wide.bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16)
 
 
 def fp4_to_fp8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +214,7 @@ def fake_quant_weight(weight: Tensor, fmt: str) -> Tensor:
             blocks = weight.float().unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
             amax = blocks.abs().amax((-3, -1), keepdim=True)
             scale = _scale_for(amax, FP8_MAX, FP8_MAX * 2.0**-126)
-            stored = (round_e4m3(blocks / scale) * scale).flatten(-4, -3).flatten(-2)
+            stored = round_e4m3(blocks, scale).flatten(-4, -3).flatten(-2)
             stored = stored.view(*weight.shape[:-2], n, k).to(weight.dtype)
         delta = stored - weight
     return weight + delta

@@ -30,13 +30,15 @@ def has_fast_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type to multiply in so that products of ``dtype`` values are exact and fast here.
+def matmul_dtype(dtype: torch.dtype, rows: int) -> torch.dtype:
+    """The type to multiply ``rows`` rows in: products of ``dtype`` values are exact and fast.
 
     Products of bfloat16 values are exact in float32, so a CPU without bfloat16 instructions
-    multiplies in float32 and rounds once at the end.
+    multiplies in float32 and rounds once at the end. So does a single row on any CPU: it is bound
+    by memory, and preparing a bfloat16 product takes longer than the product.
     """
-    return torch.float32 if dtype == torch.bfloat16 and not has_fast_bf16() else dtype
+    wide = dtype == torch.bfloat16 and (rows == 1 or not has_fast_bf16())
+    return torch.float32 if wide else dtype
 
 
 # ---------------------------------------------------------------- linear, norm, rope
@@ -48,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) 
     Accumulates in float32 and rounds once to ``dtype``. ``x`` is taken as it is: rounding of
     activations is ``quant.fp8_round``, done once for all the matrices that read ``x``.
     """
-    mm = matmul_dtype(dtype)
+    mm = matmul_dtype(dtype, x.numel() // x.shape[-1])
     return F.linear(x.to(mm), dequantize(weight, scale, mm)).to(dtype)
 
 
@@ -56,7 +58,7 @@ def grouped_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``x [..., G, K]`` times the G slices of ``weight [G * R, K]``: ``[..., G, R]``."""
-    mm = matmul_dtype(dtype)
+    mm = matmul_dtype(dtype, x.shape[:-2].numel())
     w = dequantize(weight, scale, mm).chunk(x.shape[-2])
     parts = [F.linear(part, w[g]) for g, part in enumerate(x.to(mm).unbind(-2))]
     return torch.stack(parts, -2).to(dtype)
@@ -91,12 +93,10 @@ def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
     """
     width = 2 * rotation.shape[-2]
     plain, turned = x.split((x.shape[-1] - width, width), -1)
-    a, b = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.unbind(-1)
-    if inverse:
-        sin = -sin
-    pairs = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
-    return torch.cat((plain, pairs.flatten(-2).to(x.dtype)), -1)
+    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
+    turn = torch.view_as_complex(rotation)
+    pairs = pairs * (turn.conj() if inverse else turn)
+    return torch.cat((plain, torch.view_as_real(pairs).flatten(-2).to(x.dtype)), -1)
 
 
 # ---------------------------------------------------------------- hyper-connections (mHC)
@@ -155,6 +155,12 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     if comb.requires_grad:
         out: Tensor = _Sinkhorn.apply(comb, iters, eps)  # type: ignore[no-untyped-call]
         return out
+    if comb.shape[:-2].numel() == 1:  # one matrix: sums by products with ones, half the operations
+        m = comb.reshape(comb.shape[-2:]).clone()
+        ones, least, total = torch.ones_like(m), torch.full_like(m, eps), torch.empty_like(m)
+        for axis in _sinkhorn_axes(iters):
+            m /= torch.addmm(least, *((m, ones) if axis else (ones, m)), out=total)
+        return m.view(comb.shape)
     m = comb.flatten(0, -3).permute(1, 2, 0).contiguous()  # [h, h, N]: long rows vectorise
     for axis in _sinkhorn_axes(iters):
         m /= m.sum(axis, keepdim=True).add_(eps)
@@ -341,30 +347,45 @@ def _softmax_attention(
 ) -> Tensor:
     """Queries ``[B, n, H, D]`` over ``keys [B, S, D]``; ``hidden [n, S]`` or ``[B, n, S]``.
 
-    A zero key stands for the sink: its score is the sink's logit, its value nothing. In inference
-    scores and sums are float32, and only the weights ``exp(score - max)`` are rounded to
+    Scores and sums are float32, and only the weights ``exp(score - max)`` are rounded to
     ``dtype`` before they meet the values, as in the reference.
     """
     b, n, h, d = q.shape
-    training = q.requires_grad
-    mm = dtype if training else torch.float32
-    keys = F.pad(keys.to(mm), (0, 0, 1, 0))
-    bias = F.pad(sink.to(mm).unsqueeze(1), (0, keys.shape[1] - 1))  # [H, 1 + S]
+    qs = q.reshape(b, n * h, d)
+    if q.requires_grad:
+        return _trained_attention(qs, keys, hidden, sink, scale, dtype).view(b, n, h, d)
+    keys = keys.float()
+    scores = torch.baddbmm(
+        keys.new_zeros(1), qs.float(), keys.transpose(1, 2), beta=0, alpha=scale
+    ).view(b, n, h, -1)
     if hidden is not None:
-        blocked = torch.zeros(hidden.shape, dtype=mm, device=q.device)
+        scores.masked_fill_(hidden.unsqueeze(-2), -torch.inf)
+    top = scores.amax(-1, keepdim=True)
+    e = scores.sub_(top).exp_()
+    total = e.sum(-1, keepdim=True).add_((sink.float().unsqueeze(1) - top).exp_())
+    out = torch.bmm(e.to(dtype).float().flatten(1, 2), keys).view(b, n, h, d)
+    return out.div_(total).to(dtype)
+
+
+def _trained_attention(
+    q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """``_softmax_attention`` with a gradient, for ``q [B, n * H, D]``: few operations on large
+    tensors. A zero key stands for the sink: its score is the sink's logit, its value nothing."""
+    b, rows, _ = q.shape
+    keys = F.pad(keys.to(dtype), (0, 0, 1, 0))
+    bias = F.pad(sink.to(dtype).unsqueeze(1), (0, keys.shape[1] - 1))  # [H, 1 + S]
+    if hidden is not None:
+        blocked = torch.zeros(hidden.shape, dtype=dtype, device=q.device)
         blocked = F.pad(blocked.masked_fill_(hidden, -torch.inf), (1, 0))
         bias = (bias + blocked.unsqueeze(-2)).flatten(-3, -2)  # [(B,) n * H, 1 + S]
     else:
-        bias = bias.repeat(n, 1)
+        bias = bias.repeat(rows // sink.shape[0], 1)
     scores = torch.baddbmm(
-        bias.expand(b, -1, -1), q.reshape(b, n * h, d).to(mm), keys.transpose(1, 2), alpha=scale
+        bias.expand(b, -1, -1), q.to(dtype), keys.transpose(1, 2), alpha=scale
     )
-    if training:
-        p = torch.softmax(scores, -1, dtype=torch.float32).to(mm)
-        return (p @ keys).to(dtype).view(b, n, h, d)
-    e = scores.sub_(scores[..., 1:].amax(-1, keepdim=True)).exp_()
-    total = e.sum(-1, keepdim=True)
-    return ((e.to(dtype).float() @ keys) / total).to(dtype).view(b, n, h, d)
+    p = torch.softmax(scores, -1, dtype=torch.float32).to(dtype)
+    return (p @ keys).to(dtype)
 
 
 def _gathered(
@@ -432,11 +453,11 @@ def routed_experts(
     (up), ``w2`` (down) hold all E experts. A weight enters before the down projection, each used
     expert is touched once. ``round_activations``: FP8 rounding before each quantised matmul.
     """
-    mm = matmul_dtype(dtype)
     if round_activations:
         x = fp8_round(x)
     if x.shape[0] == 1 and not x.requires_grad:
         return _one_row(x, ids[0].tolist(), weights[0], w1, w2, w3, limit, round_activations, dtype)
+    mm = matmul_dtype(dtype, x.shape[0])
     k = ids.shape[1]
     order = ids.flatten().argsort(stable=True)
     counts = torch.bincount(ids.flatten(), minlength=len(w1)).tolist()
@@ -469,21 +490,20 @@ def _one_row(
     dtype: torch.dtype,
 ) -> Tensor:
     """``routed_experts`` for a single row: the chosen experts as one batch of stored bytes."""
-    mm = matmul_dtype(dtype)
 
     def batch(table: list[Stored]) -> Tensor:
         codes = _stack([t.weight for t in table])
         scales = [t.scale for t in table if t.scale is not None]
-        return dequantize(codes, _stack(scales) if scales else None, mm)
+        return dequantize(codes, _stack(scales) if scales else None)
 
-    k = len(ids)
     both = batch([w1[e] for e in ids] + [w3[e] for e in ids])
-    hidden = F.linear(x.to(mm), both.flatten(0, 1)).to(dtype).view(2, k, -1)
+    hidden = F.linear(x.float(), both.flatten(0, 1)).to(dtype).view(2, len(ids), -1)
     act = (weights.unsqueeze(1) * swiglu(hidden[0], hidden[1], limit)).to(dtype)
     if round_activations:
         act = fp8_round(act)
-    down = torch.bmm(batch([w2[e] for e in ids]), act.to(mm).unsqueeze(2)).squeeze(2).to(dtype)
-    return down.float().sum(0, keepdim=True)
+    down = zip(batch([w2[e] for e in ids]), act.float(), strict=True)
+    out = torch.stack([torch.mv(weight, row) for weight, row in down])
+    return out.to(dtype).float().sum(0, keepdim=True)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
