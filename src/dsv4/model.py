@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels, quant
-from .config import V4Config
+from .config import FP4_BLOCK, FP8_BLOCK, V4Config
 from .errors import ConfigError
 from .kernels import Stored
 
@@ -85,12 +85,12 @@ def check_numerics(nx: Numerics, config: V4Config) -> None:
     if not nx.official:
         return
     blocks = {
-        "hidden_size": (config.hidden_size, quant.FP8_BLOCK),
-        "q_lora_rank": (config.q_lora_rank, quant.FP8_BLOCK),
-        "o_groups * o_lora_rank": (config.o_groups * config.o_lora_rank, quant.FP8_BLOCK),
-        "moe_intermediate_size": (config.moe_intermediate_size, quant.FP8_BLOCK),
+        "hidden_size": (config.hidden_size, FP8_BLOCK),
+        "q_lora_rank": (config.q_lora_rank, FP8_BLOCK),
+        "o_groups * o_lora_rank": (config.o_groups * config.o_lora_rank, FP8_BLOCK),
+        "moe_intermediate_size": (config.moe_intermediate_size, FP8_BLOCK),
         "head_dim - qk_rope_head_dim": (config.head_dim - config.qk_rope_head_dim, KV_BLOCK),
-        "index_head_dim": (config.index_head_dim, quant.FP4_BLOCK),
+        "index_head_dim": (config.index_head_dim, FP4_BLOCK),
     }
     for what, (value, block) in blocks.items():
         if value % block:
@@ -357,7 +357,8 @@ class Attention(nn.Module):
         grouped = kernels.grouped_linear(
             out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
         ).flatten(-2)
-        return self.wo_b(self.wo_b.rounded(grouped, nx), nx)
+        projected: Tensor = self.wo_b(self.wo_b.rounded(grouped, nx), nx)
+        return projected
 
 
 # ---------------------------------------------------------------- experts
@@ -412,7 +413,23 @@ class Expert(nn.Module):
     def forward(self, x: Tensor, nx: Numerics) -> Tensor:
         xr = self.w1.rounded(x, nx)
         act = kernels.swiglu(self.w1(xr, nx), self.w3(xr, nx), self.limit).to(nx.dtype)
-        return self.w2(self.w2.rounded(act, nx), nx)
+        down: Tensor = self.w2(self.w2.rounded(act, nx), nx)
+        return down
+
+
+class _Matrices:
+    """One matrix of all experts, made ready when the kernel asks for it."""
+
+    def __init__(self, experts: nn.ModuleList, name: str, nx: Numerics) -> None:
+        self.experts, self.name, self.nx = list(experts), name, nx
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, expert: int, /) -> Stored:
+        matrix = getattr(self.experts[expert], self.name)
+        assert isinstance(matrix, Linear)
+        return matrix.stored(self.nx)
 
 
 class MoE(nn.Module):
@@ -432,14 +449,13 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         flat = x.flatten(0, 1)
         ids, weights = self.gate(flat, run.ids.flatten(), run)
-        tables = []
-        for name in ("w1", "w2", "w3"):
-            tables.append([getattr(e, name).stored(run.nx) for e in self.experts])
-        quantised = run.nx.official and tables[0][0].scale is not None
+        w1, w2, w3 = (_Matrices(self.experts, name, run.nx) for name in ("w1", "w2", "w3"))
+        quantised = run.nx.official and w1[0].scale is not None
         y = kernels.routed_experts(
-            flat, ids, weights, *tables, self.limit, quantised, run.nx.dtype
+            flat, ids, weights, w1, w2, w3, self.limit, quantised, run.nx.dtype
         )
-        y = y + self.shared_experts(flat, run.nx).float()
+        shared: Tensor = self.shared_experts(flat, run.nx)
+        y = y + shared.float()
         return y.to(run.nx.dtype).view_as(x)
 
 
@@ -573,7 +589,7 @@ class Transformer(_Collapsing):
 
     def trunk(self, run: Pass, keep: list[Tensor] | None = None) -> Tensor:
         """Streams ``[B, T, h, d]`` after the last block; ``keep`` collects those after each."""
-        streams = self.embed(run.ids, run.nx.dtype).unsqueeze(2)
+        streams: Tensor = self.embed(run.ids, run.nx.dtype).unsqueeze(2)
         streams = streams.expand(-1, -1, self.config.hc_mult, -1)
         for i, layer in enumerate(self.layers):
             streams = layer(streams, run, None if run.states is None else run.states[i])

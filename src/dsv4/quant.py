@@ -11,6 +11,7 @@ Rounding is to nearest, ties to even. Everything here is exact unless its name s
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def _hadamard_matrix(n: int) -> Tensor:
     h = torch.ones(1, 1)
     while h.shape[0] < n:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
-    return h * n**-0.5
+    return h / math.sqrt(n)
 
 
 # ---------------------------------------------------------------- weights

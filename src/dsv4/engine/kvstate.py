@@ -20,11 +20,13 @@ GRAIN = 128  # tokens between snapshots: the least common multiple of the ratios
 
 
 class _Rows:
-    """An append-only table ``[B, n, D]`` that doubles its memory when full."""
+    """An append-only table ``[B, n, D]`` that grows by half when full."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Tensor | None = None) -> None:
         self.data: Tensor | None = None
         self.used = 0
+        if first is not None:
+            self.append(first)
 
     def append(self, new: Tensor) -> Tensor:
         total = self.used + new.shape[1]
@@ -38,11 +40,13 @@ class _Rows:
         self.used = total
         return self.data[:, :total]
 
+    def present(self) -> Tensor:
+        """What was appended, and is not cut off; a view."""
+        assert self.data is not None
+        return self.data[:, : self.used]
+
     def copy(self) -> _Rows:
-        other = _Rows()
-        other.used = self.used
-        other.data = None if self.data is None else self.data[:, : self.used].clone()
-        return other
+        return _Rows(self.present())
 
     def bytes(self) -> int:
         return 0 if self.data is None else self.data.nbytes
@@ -54,7 +58,7 @@ class LayerState:
     def __init__(self, width: int) -> None:
         self._keep = width - 1
         self._window: Tensor | None = None
-        self._raw: dict[str, Tensor] = {}
+        self._raw: dict[str, _Rows] = {}
         self._rows: dict[str, _Rows] = {}
 
     def window(self, kv: Tensor) -> Tensor:
@@ -65,42 +69,44 @@ class LayerState:
         return both
 
     def pending(self, which: str, raw: Tensor, ratio: int, overlap: bool) -> Tensor:
-        before = self._raw.get(which)
-        if before is not None:
-            raw = torch.cat((before, raw), 1)
-        elif overlap:
-            raw = torch.cat((no_block_before(raw, ratio), raw), 1)
-        whole = raw.shape[1] // ratio * ratio
-        left = whole - ratio if overlap else whole
-        self._raw[which] = raw[:, left:].clone()
-        return raw[:, :whole]
+        kept = self._raw.get(which)
+        if kept is None:
+            kept = self._raw[which] = _Rows(no_block_before(raw, ratio) if overlap else None)
+        present = kept.append(raw)
+        whole = present.shape[1] // ratio * ratio
+        done = whole - ratio if overlap else whole
+        if done:
+            self._raw[which] = _Rows(present[:, done:])
+        return present[:, :whole]
 
     def rows(self, which: str, new: Tensor) -> Tensor:
         return self._rows.setdefault(which, _Rows()).append(new)
 
     def cut(self) -> dict[str, Tensor | None]:
         """Copies of the parts that later tokens overwrite."""
-        parts: dict[str, Tensor | None] = {k: v.clone() for k, v in self._raw.items()}
+        parts: dict[str, Tensor | None] = {
+            k: v.present().clone() for k, v in self._raw.items()
+        }
         parts["window"] = None if self._window is None else self._window.clone()
         return parts
 
     def put_back(self, parts: dict[str, Tensor | None], position: int, ratio: int) -> None:
         self._window = parts["window"]
-        self._raw = {k: v for k, v in parts.items() if k != "window" and v is not None}
+        self._raw = {k: _Rows(v) for k, v in parts.items() if k != "window" and v is not None}
         for rows in self._rows.values():
             rows.used = position // ratio
 
     def copy(self) -> LayerState:
         other = LayerState(self._keep + 1)
-        other._window, other._raw = self._window, dict(self._raw)
+        other._window = self._window
+        other._raw = {k: v.copy() for k, v in self._raw.items()}
         other._rows = {k: v.copy() for k, v in self._rows.items()}
         return other
 
     def bytes(self) -> int:
-        small = [self._window, *self._raw.values()]
-        return sum(t.nbytes for t in small if t is not None) + sum(
-            r.bytes() for r in self._rows.values()
-        )
+        tables = [*self._raw.values(), *self._rows.values()]
+        window = 0 if self._window is None else self._window.nbytes
+        return window + sum(table.bytes() for table in tables)
 
 
 class KVState:

@@ -11,8 +11,7 @@ N rows (B * T flattened), S keys, R compressed rows, E experts, K experts per to
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +67,7 @@ def head(x: Tensor, weight: Tensor) -> Tensor:
     """Logits ``[..., V]`` in float32; the weight is widened a slice at a time."""
     if x.requires_grad:
         return F.linear(x, weight.to(x.dtype)).float()
-    slices = weight.split(max(1, (1 << 22) // weight.shape[1]))
+    slices = weight.split(max(1, (1 << 18) // weight.shape[1]))  # 1 MB in float32: in the cache
     return torch.cat([F.linear(x.float(), w.float()) for w in slices], -1)
 
 
@@ -428,6 +427,14 @@ class Stored(NamedTuple):
     scale: Tensor | None
 
 
+class Matrices(Protocol):
+    """One matrix of each expert; a list will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int, /) -> Stored: ...
+
+
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32."""
     gate, up = gate.float(), up.float()
@@ -440,9 +447,9 @@ def routed_experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    w1: Sequence[Stored],
-    w2: Sequence[Stored],
-    w3: Sequence[Stored],
+    w1: Matrices,
+    w2: Matrices,
+    w3: Matrices,
     limit: float,
     round_activations: bool,
     dtype: torch.dtype,
@@ -482,9 +489,9 @@ def _one_row(
     x: Tensor,
     ids: list[int],
     weights: Tensor,
-    w1: Sequence[Stored],
-    w2: Sequence[Stored],
-    w3: Sequence[Stored],
+    w1: Matrices,
+    w2: Matrices,
+    w3: Matrices,
     limit: float,
     round_activations: bool,
     dtype: torch.dtype,
