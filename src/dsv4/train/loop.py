@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..config import PRESETS, V4Config
 from ..errors import TrainingError
 from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
 from ..tokenizer import Tokenizer
-from .data import batches, corpus_for_tokenizer, ramp
+from .data import POOL, batches, corpus_for_tokenizer, ramp
 from .optim import MuonAdamW, OptimSettings
 
 if sys.version_info >= (3, 11):
@@ -52,6 +53,8 @@ class Recipe:
     last_length: int = 2048  # and at the end of the length ramp
     ramp_steps: int = 1200
     task_weights: dict[str, float] = field(default_factory=dict)
+    focus_step: int = 0  # from this step on (a multiple of 64; 0: never) ...
+    focus_weights: dict[str, float] = field(default_factory=dict)  # ... these shares instead
     lr: float = 5e-3
     weight_decay: float = 0.1
     warmup_steps: int = 60
@@ -94,6 +97,10 @@ class Recipe:
                     f"{path}: {key}", expected=expected.__name__, got=repr(value)
                 )
         recipe = cls(**data)
+        if recipe.focus_step % POOL:
+            raise TrainingError(
+                f"{path}: focus_step", expected=f"a multiple of {POOL}", got=recipe.focus_step
+            )
         if recipe.preset not in PRESETS:
             raise TrainingError("preset", expected=", ".join(PRESETS), got=recipe.preset)
         return recipe
@@ -203,15 +210,19 @@ class Run:
     # ------------------------------------------------------------ the run
 
     def data(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from the present step on."""
         r = self.recipe
-        return batches(
-            self.tokenizer,
-            r.seed,
-            r.tokens_per_batch,
-            ramp(r.first_length, r.last_length, r.ramp_steps),
-            self.step,
-            weights=r.task_weights or None,
-        )
+
+        def stream(start: int, shares: dict[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
+            length = ramp(r.first_length, r.last_length, r.ramp_steps)
+            return batches(
+                self.tokenizer, r.seed, r.tokens_per_batch, length, start, weights=shares or None
+            )
+
+        if r.focus_step and self.step < r.focus_step:
+            yield from islice(stream(self.step, r.task_weights), r.focus_step - self.step)
+        start = max(self.step, r.focus_step)
+        yield from stream(start, r.focus_weights if r.focus_step else r.task_weights)
 
     def train(self) -> None:
         """Go on until ``steps``; Ctrl-C or SIGTERM saves and stops. Exports at the end."""
