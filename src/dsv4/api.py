@@ -33,6 +33,14 @@ def load(name_or_path: str | Path = "v4-nano", numerics: str = "official") -> Mo
     memory is that of the file's touched pages. ``numerics``: "official" (DeepSeek's roundings) or
     "float32" (none). Raises CheckpointError, ConfigError.
     """
+    return Model.from_checkpoint(Checkpoint.open(find_model(name_or_path)), numerics)
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The folder of a model: the one given, or that of a model that ships in the package.
+
+    Raises CheckpointError when there is neither.
+    """
     path, name = Path(name_or_path), str(name_or_path)
     if not path.is_dir() and (SHIPPED / name).is_dir() and "/" not in name:
         path = SHIPPED / name
@@ -44,7 +52,7 @@ def load(name_or_path: str | Path = "v4-nano", numerics: str = "official") -> Mo
             got="neither",
             hint="dsv4 pull deepseek-ai/DeepSeek-V4-Flash, or dsv4 synth to make a random one",
         )
-    return Model.from_checkpoint(Checkpoint.open(path), numerics)
+    return path
 
 
 class Model:

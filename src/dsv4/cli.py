@@ -553,6 +553,8 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out questions, greedily: accuracy with its 95% interval.
 
+    Without --task the mean loss on held-out documents is measured too.
+
     \b
     [bold]Examples[/bold]
       dsv4 eval v4-nano
@@ -560,18 +562,22 @@ def evaluate(
     """
     from .api import load
     from .evals.run import evaluate as run
+    from .evals.run import heldout_loss
 
     def show(name: str, done: int, correct: int) -> None:
         print(f"\r{name}: {correct} of {done} \033[K", end="", file=sys.stderr, flush=True)
 
+    loaded = load(model, numerics=numerics)
     report = run(
-        load(model, numerics=numerics),
+        loaded,
         seed,
         n,
         task or None,
         show if sys.stderr.isatty() else None,
         thinking=_level(think) if think else None,
     )
+    if task is None and loaded.tokenizer is not None:
+        report["heldout_loss"] = heldout_loss(loaded, loaded.tokenizer, seed, n)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     if as_json:
@@ -591,6 +597,101 @@ def evaluate(
         share = f"{row['accuracy']:.1%}"
         table.add_row(name, row["thinking"], share, f"{low:.1%} to {high:.1%}")
     Console().print(table)
+    if "heldout_loss" in report:
+        losses = (f"{name} {loss:.3f}" for name, loss in report["heldout_loss"].items())
+        print("held-out loss, nats a token: " + ", ".join(losses))
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="v4-nano (default), or a checkpoint folder.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another implementation on the same weights: transformers.")
+    ] = None,
+    synth: Annotated[
+        str | None, typer.Option(help="A random model of this shape instead: small or mid.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 512,
+    new: Annotated[int, typer.Option(help="Tokens decoded one at a time.", min=1)] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
+    threads: Annotated[
+        int | None, typer.Option(help="Default: what torch chooses.", min=1, show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory, alone or next to another implementation.
+
+    Medians of alternating runs, each implementation in its own process.
+    The JSON is a receipt: it names the machine, the commit and the command.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench
+      dsv4 bench ./my-model --prompt 4096 --threads 1
+      dsv4 bench --synth small --against transformers --json
+    """
+    from .bench import SPEEDS, run
+
+    if model is not None and synth is not None:
+        raise ConfigError("bench measures one model", expected="MODEL or --synth", got="both")
+    watched = sys.stderr.isatty()
+
+    def say(text: str) -> None:
+        if watched:
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+
+    report = run(
+        model or "v4-nano",
+        against=against,
+        synth=synth,
+        prompt=prompt,
+        new=new,
+        repeats=repeats,
+        threads=threads,
+        say=say,
+    )
+    say("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, engines, size = report["machine"], report["engines"], report["model"]["file_bytes"]
+    table = Table(title=f"{report['model']['name']}, {_human(size)}", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in [*engines, *(["ratio"] if against else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    labels = (f"prefill {prompt}, tok/s", "decode at 1, tok/s", f"decode at {prompt}, tok/s")
+    for key, label in zip(SPEEDS, labels, strict=True):
+        cells = [
+            f"{e[key]['median']:,.1f} ({e[key]['low']:,.1f}-{e[key]['high']:,.1f})"
+            for e in engines.values()
+        ]
+        table.add_row(label, *cells, *([f"{report['ratios'][key]:.2f}"] if against else []))
+    each = engines.values()
+    last = [f"{report['ratios']['memory']:.2f}"] if against else []
+    table.add_row("memory added", *(_human(e["memory"]["resident_bytes"]) for e in each), *last)
+    table.add_row("peak memory added", *(_human(e["memory"]["peak_bytes"]) for e in each))
+    table.add_row(
+        "without KV / file",
+        *(f"{e['memory']['resident_without_kv_of_file']:.2f}" for e in each),
+    )
+    table.add_row("loading, s", *(f"{e['load_seconds']:.2f}" for e in each))
+    table.add_row("top-1 of float32", *(f"{e['agreement']['top1']:.1%}" for e in each))
+    table.add_row("median KL to float32", *(f"{e['agreement']['kl_median']:.1e}" for e in each))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, reads"
+        f" {machine['stream_read_gb_per_s']:.1f} GB/s, multiplies"
+        f" {machine['bf16_tflop_per_s']:.2f} (BF16) and {machine['f32_tflop_per_s']:.2f}"
+        " (F32) TFLOP/s",
+        highlight=False,
+    )
 
 
 @app.command()

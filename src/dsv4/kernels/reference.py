@@ -40,6 +40,20 @@ def matmul_dtype(dtype: torch.dtype, rows: int) -> torch.dtype:
     return torch.float32 if wide else dtype
 
 
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [..., K] @ weight[N, K].T``, both of one dtype.
+
+    In bfloat16 the rows are filled up to a multiple of 16, because oneDNN compiles a program for
+    each shape it meets (about a millisecond) and keeps it (up to 1024 of them): prompts and what
+    goes to an expert have all lengths.
+    """
+    rows = x.numel() // x.shape[-1]
+    if x.dtype != torch.bfloat16 or rows % 16 == 0:
+        return F.linear(x, weight)
+    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 16))
+    return F.linear(filled, weight)[:rows].view(*x.shape[:-1], -1)
+
+
 # ---------------------------------------------------------------- linear, norm, rope
 
 
@@ -50,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) 
     activations is ``quant.fp8_round``, done once for all the matrices that read ``x``.
     """
     mm = matmul_dtype(dtype, x.numel() // x.shape[-1])
-    return F.linear(x.to(mm), dequantize(weight, scale, mm)).to(dtype)
+    return matmul(x.to(mm), dequantize(weight, scale, mm)).to(dtype)
 
 
 def grouped_linear(
@@ -59,7 +73,7 @@ def grouped_linear(
     """``x [..., G, K]`` times the G slices of ``weight [G * R, K]``: ``[..., G, R]``."""
     mm = matmul_dtype(dtype, x.shape[:-2].numel())
     w = dequantize(weight, scale, mm).chunk(x.shape[-2])
-    parts = [F.linear(part, w[g]) for g, part in enumerate(x.to(mm).unbind(-2))]
+    parts = [matmul(part, w[g]) for g, part in enumerate(x.to(mm).unbind(-2))]
     return torch.stack(parts, -2).to(dtype)
 
 
@@ -475,12 +489,12 @@ def routed_experts(
     for e, n in enumerate(counts):
         if n == 0:
             continue
-        gate = F.linear(xs[e], dequantize(*w1[e], mm)).to(dtype)
-        up = F.linear(xs[e], dequantize(*w3[e], mm)).to(dtype)
+        gate = matmul(xs[e], dequantize(*w1[e], mm)).to(dtype)
+        up = matmul(xs[e], dequantize(*w3[e], mm)).to(dtype)
         act = (ws[e] * swiglu(gate, up, limit)).to(dtype)
         if round_activations:
             act = fp8_round(act)
-        parts.append(F.linear(act.to(mm), dequantize(*w2[e], mm)).to(dtype))
+        parts.append(matmul(act.to(mm), dequantize(*w2[e], mm)).to(dtype))
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     return out.index_add(0, rows, torch.cat(parts).float())
 

@@ -1,0 +1,112 @@
+"""``dsv4 bench`` measures what it says, and its receipt can be read by a program."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv4 import bench
+from dsv4.checkpoint import save_checkpoint
+from dsv4.config import V4Config
+from dsv4.errors import ConfigError, DSV4Error
+from dsv4.synth import synthesize
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = V4Config(
+        vocab_size=512, hidden_size=256, moe_intermediate_size=128, num_hidden_layers=3,
+        num_hash_layers=1, num_attention_heads=4, n_routed_experts=8, num_experts_per_tok=2,
+        q_lora_rank=128, o_groups=2, o_lora_rank=128, compress_ratios=(0, 4, 128, 0),
+        index_n_heads=4, index_topk=16,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("bench") / "tiny"
+    save_checkpoint(path, config, synthesize(config))
+    return path
+
+
+def receipt(*arguments: str) -> dict[str, Any]:
+    options = ["--prompt", "24", "--new", "4", "--repeats", "2", "--threads", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv4.cli", "bench", *arguments, *options],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def check_engine(engine: dict[str, Any]) -> None:
+    assert engine["load_seconds"] > 0
+    for key in bench.SPEEDS:
+        assert 0 < engine[key]["low"] <= engine[key]["median"] <= engine[key]["high"]
+    assert engine["memory"]["peak_bytes"] > 0
+    assert 0 <= engine["agreement"]["top1"] <= 1
+    assert 0 <= engine["agreement"]["kl_median"] < 1
+
+
+def test_the_receipt(folder: Path) -> None:
+    report = receipt(str(folder))
+    assert report["settings"] == {"prompt": 24, "new": 4, "repeats": 2, "threads": 1}
+    assert report["model"]["name"] == "tiny" and report["model"]["file_bytes"] > 10**6
+    assert report["command"].startswith("dsv4 bench ") and report["dsv4"]
+    machine = report["machine"]
+    assert machine["cpu"] and machine["threads"] == 1 and machine["torch"]
+    for rate in ("stream_read_gb_per_s", "bf16_tflop_per_s", "f32_tflop_per_s"):
+        assert machine[rate] > 0
+    assert list(report["engines"]) == ["dsv4"] and "ratios" not in report
+    check_engine(report["engines"]["dsv4"])
+    assert report["engines"]["dsv4"]["memory"]["kv_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_next_to_transformers(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    report = receipt(str(folder), "--against", "transformers")
+    ours, theirs = report["engines"]["dsv4"], report["engines"]["transformers"]
+    check_engine(ours)
+    check_engine(theirs)
+    assert theirs["agreement"]["top1"] == 1 and theirs["agreement"]["kl_mean"] < 1e-6
+    assert set(report["ratios"]) == {*bench.SPEEDS, "memory"}
+    assert all(ratio > 0 for ratio in report["ratios"].values())
+
+
+def test_what_cannot_be_measured_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="transformers"):
+        bench.run(folder, against="another")
+    with pytest.raises(ConfigError, match="small"):
+        bench.run(synth="huge")
+    with pytest.raises(ConfigError, match="--prompt and --new"):
+        bench.run(folder, prompt=2**30)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install 'transformers"):
+        bench.run(folder, against="transformers")
+
+
+def test_a_process_that_fails_says_why(folder: Path, tmp_path: Path) -> None:
+    process = bench._Process("dsv4", tmp_path / "nothing", 1, tmp_path)
+    with pytest.raises(DSV4Error, match="no model"):
+        process.ask("load")
+    process._process.kill()
+    with pytest.raises(DSV4Error, match="ended during 'load'"):
+        process.ask("load")
+    process.close()
+
+
+def test_the_shapes_to_compare_on() -> None:
+    for name, total in {"small": 0.14e9, "mid": 4.33e9}.items():
+        from dsv4.formats import inventory
+
+        config = bench.shape(name)
+        assert config.compress_ratios == bench.LAYERS
+        size = sum(spec.bytes for spec in inventory(config).values())
+        assert abs(size / total - 1) < 0.02
