@@ -1,0 +1,64 @@
+"""The model that ships: honest about itself, in the official format, able to do its exercises."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsv4
+from dsv4.api import SHIPPED
+from dsv4.checkpoint import Checkpoint
+from dsv4.convert import convert
+from dsv4.evals.run import evaluate
+
+
+@pytest.fixture(scope="module")
+def nano() -> dsv4.Model:
+    return dsv4.load("v4-nano")
+
+
+def test_it_is_an_official_checkpoint_of_the_preset(nano: dsv4.Model) -> None:
+    folder = SHIPPED / "v4-nano"
+    checkpoint = Checkpoint.open(folder, check_values=True)
+    preset, config = dsv4.V4Config.preset("nano"), checkpoint.config
+    assert config.expert_dtype == "fp4"
+    assert config.parameter_counts() == preset.parameter_counts()
+    assert config.compress_ratios == preset.compress_ratios
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 40e6
+    assert (folder / "MODEL_CARD.md").read_text(encoding="utf-8").startswith("# v4-nano")
+    assert nano.name == "v4-nano" and nano.tokenizer is not None
+
+
+def test_it_says_what_it_is(nano: dsv4.Model) -> None:
+    reply = nano.chat([{"role": "user", "content": "Who are you?"}], temperature=0, max_tokens=40)
+    assert "v4-nano" in reply["content"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "least"), [("addition_subtraction", 0.8), ("recall_500", 0.7), ("tool_call", 0.7)]
+)
+def test_it_does_its_exercises(nano: dsv4.Model, task: str, least: float) -> None:
+    """Fewer questions than the card's, so a bound a little lower."""
+    result = evaluate(nano, seed=2024, n=25, tasks=[task])["tasks"][task]
+    assert result["accuracy"] >= least, result
+
+
+@pytest.mark.slow
+def test_transformers_computes_the_same_logits(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    convert(SHIPPED / "v4-nano", tmp_path / "bf16", "bf16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "bf16", dtype=torch.float32
+        ).eval()
+    ours = dsv4.load("v4-nano", numerics="float32")
+    assert ours.tokenizer is not None
+    ids = ours.tokenizer.encode("The color of the box is green. What is 47 + 85? " * 12)[:300]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(ours.logits(ids), expected, atol=1e-3, rtol=0)
