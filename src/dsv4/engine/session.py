@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,9 @@ from ..model import Numerics, Transformer
 from .kvstate import GRAIN, KVState
 
 PREFILL_CHUNK = 512  # tokens in one pass; a multiple of 128, so that snapshots fall on its end
+
+# glibc keeps what a long pass worked with, tens of megabytes, unless it is told to give it back
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Session:
@@ -72,6 +76,8 @@ class Session:
             state.snapshot()
             if logits and (done == len(ids) or not last):
                 out.append(self._net.logits(streams[-1:] if last else streams, run))
+        if len(ids) >= GRAIN and _malloc_trim is not None:
+            _malloc_trim(0)
         return torch.cat(out) if out else torch.empty(0, self._net.config.vocab_size)
 
     def rewind(self, n_tokens_to_keep: int) -> None:
