@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -38,13 +39,13 @@ def test_it_says_what_it_is(nano: dsv4.Model) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "least"), [("addition_subtraction", 0.8), ("recall_500", 0.7), ("tool_call", 0.7)]
-)
-def test_it_does_its_exercises(nano: dsv4.Model, task: str, least: float) -> None:
-    """Fewer questions than the card's, so a bound a little lower."""
-    result = evaluate(nano, seed=2024, n=25, tasks=[task])["tasks"][task]
-    assert result["accuracy"] >= least, result
+@pytest.mark.parametrize("task", ["addition_subtraction", "recall_500", "tool_call"])
+def test_it_does_what_its_card_says(nano: dsv4.Model, task: str) -> None:
+    """Fewer questions than the card's, other ones, and so a margin below the card's interval."""
+    receipt = json.loads((SHIPPED / "v4-nano" / "eval.json").read_text(encoding="utf-8"))
+    low, high = receipt["tasks"][task]["interval"]
+    result = evaluate(nano, seed=2024, n=20, tasks=[task])["tasks"][task]
+    assert low - 0.25 <= result["accuracy"] <= high + 0.25, result
 
 
 @pytest.mark.slow
