@@ -234,8 +234,10 @@ class Compressor(nn.Module):
         nx, ratio = run.nx, self.ratio
         high = replace_dtype(nx, torch.float32) if nx.official else nx
         kv = self.wkv(x, high).float()
-        phase = (torch.arange(x.shape[1], device=x.device) + run.start) % ratio
-        gate = self.wgate(x, high).float() + self.ape.float()[phase]
+        # repeated, not indexed: the gradient of a repetition is summed in a fixed order
+        bias = self.ape.float().roll(-run.start % ratio, 0)
+        bias = bias.repeat(-(-x.shape[1] // ratio), 1)[: x.shape[1]]
+        gate = self.wgate(x, high).float() + bias
         which = "index" if self.rotate else "kv"
         raw = torch.cat((kv, gate), -1)
         if state is not None:

@@ -483,8 +483,8 @@ def routed_experts(
     order = ids.flatten().argsort(stable=True)
     counts = torch.bincount(ids.flatten(), minlength=len(w1)).tolist()
     rows = order // k
-    xs = x.to(mm)[rows].split(counts)
-    ws = weights.flatten()[order].unsqueeze(1).split(counts)
+    xs = x.to(mm).index_select(0, rows).split(counts)
+    ws = weights.flatten().index_select(0, order).unsqueeze(1).split(counts)
     parts = []
     for e, n in enumerate(counts):
         if n == 0:
