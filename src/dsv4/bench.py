@@ -97,7 +97,6 @@ def run(
         raise ConfigError(
             f"{against} is not installed", hint="pip install 'transformers>=5.16'"
         )
-    threads = threads or torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-") as scratch:
         if synth is None:
             folder = find_model(model)
@@ -112,6 +111,7 @@ def run(
             raise ConfigError("--prompt and --new", expected=f"at most {room}", got=prompt + new)
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (prompt + new,), generator=random).tolist()
+        threads = threads or torch.get_num_threads()
         say("measuring the machine")
         report: Report = {
             "dsv4": __version__,

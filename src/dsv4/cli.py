@@ -313,6 +313,10 @@ Temperature = Annotated[float, typer.Option(help="0 (always the likeliest token)
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens only: (0, 1].")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
 Think = Annotated[str, typer.Option(help="Reasoning before the answer: off, high or max.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="At most so many. Default: one per core.", min=1, show_default=False),
+]
 Context = Annotated[
     int | None,
     typer.Option(help="Largest prompt and answer, in tokens. Default: the model's.", min=2),
@@ -329,6 +333,7 @@ def serve(
         str | None, typer.Option(envvar="DSV4_API_KEY", help="Callers must send this key.")
     ] = None,
     context: Context = None,
+    threads: Threads = None,
     max_running: Annotated[int, typer.Option(help="Requests computed at once.", min=1)] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests in line.", min=0)] = 256,
     sessions: Annotated[int, typer.Option(help="Conversations kept for reuse.", min=0)] = 8,
@@ -354,6 +359,7 @@ def serve(
     sock = listen(host, port)  # before the model is loaded, which may take long
     port = sock.getsockname()[1]
     loaded = load(model, numerics=numerics)
+    _use_threads(threads)
     backend = LocalBackend(
         loaded,
         max_running=max_running,
@@ -386,6 +392,7 @@ def chat(
     seed: Seed = None,
     numerics: Numerics = "official",
     context: Context = None,
+    threads: Threads = None,
 ) -> None:
     """Talk to a model in the terminal; /help lists the commands there.
 
@@ -401,7 +408,9 @@ def chat(
     from .server import LocalBackend
 
     sampling = _sampling(max_tokens, temperature, top_p, seed)
-    backend = LocalBackend(load(model, numerics=numerics), context_length=context)
+    loaded = load(model, numerics=numerics)
+    _use_threads(threads)
+    backend = LocalBackend(loaded, context_length=context)
     try:
         Chat(backend, sampling=sampling, think=_level(think), system=system).run()
     finally:
@@ -421,6 +430,7 @@ def generate(
         bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
     ] = False,
     numerics: Numerics = "official",
+    threads: Threads = None,
 ) -> None:
     """Print what a model answers to one prompt, as it comes. Reasoning goes to stderr.
 
@@ -438,6 +448,7 @@ def generate(
     level = _level(think)
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = load(model, numerics=numerics)
+    _use_threads(threads)
     if raw:
         continue_text(loaded, text, sampling)
         return
@@ -446,6 +457,13 @@ def generate(
         answer_once(backend, text, level, sampling)
     finally:
         backend.close()
+
+
+def _use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _level(think: str) -> str:
@@ -616,9 +634,7 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 512,
     new: Annotated[int, typer.Option(help="Tokens decoded one at a time.", min=1)] = 64,
     repeats: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
-    threads: Annotated[
-        int | None, typer.Option(help="Default: what torch chooses.", min=1, show_default=False)
-    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed and memory, alone or next to another implementation.

@@ -412,8 +412,8 @@ class Expert(nn.Module):
         self.w2 = Linear(width, c.hidden_size, fmt)
         self.w3 = Linear(c.hidden_size, width, fmt)
 
-    def forward(self, x: Tensor, nx: Numerics) -> Tensor:
-        xr = self.w1.rounded(x, nx)
+    def forward(self, xr: Tensor, nx: Numerics) -> Tensor:
+        """``xr``: the input as ``w1.rounded`` gives it."""
         act = kernels.swiglu(self.w1(xr, nx), self.w3(xr, nx), self.limit).to(nx.dtype)
         down: Tensor = self.w2(self.w2.rounded(act, nx), nx)
         return down
@@ -452,11 +452,12 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)
         ids, weights = self.gate(flat, run.ids.flatten(), run)
         w1, w2, w3 = (_Matrices(self.experts, name, run.nx) for name in ("w1", "w2", "w3"))
-        quantised = run.nx.official and w1[0].scale is not None
+        xr = self.shared_experts.w1.rounded(flat, run.nx)  # all or no experts are quantised
+        quantised = run.nx.official and self.shared_experts.w1.scale is not None
         y = kernels.routed_experts(
-            flat, ids, weights, w1, w2, w3, self.limit, quantised, run.nx.dtype
+            xr, ids, weights, w1, w2, w3, self.limit, quantised, run.nx.dtype
         )
-        shared: Tensor = self.shared_experts(flat, run.nx)
+        shared: Tensor = self.shared_experts(xr, run.nx)
         y = y + shared.float()
         return y.to(run.nx.dtype).view_as(x)
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import FP4_BLOCK, FP8_BLOCK
+from .config import FP4_BLOCK as FP4_BLOCK
+from .config import FP8_BLOCK as FP8_BLOCK
 from .errors import CheckpointError
 
 FP8_MAX = 448.0
@@ -26,17 +28,29 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; bit 3 is th
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
+@functools.cache
+def number(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A constant without dimensions. An operation with it takes half as long as one with a Python
+    number, which torch converts each time; in the loop over single tokens that is worth its name.
+    """
+    with torch.inference_mode(False):  # one that was made in inference cannot be trained with
+        return torch.tensor(value, dtype=dtype)
+
+
+_MANTISSA, _EXPONENT = number(0x007FFFFF, torch.int32), number(0x7F800000, torch.int32)
+
+
 # ---------------------------------------------------------------- scales
 
 
 def ceil_pow2(x: Tensor) -> Tensor:
     """The smallest power of two >= x, and at least 2^-126, for positive finite float32 ``x``."""
-    bits = (x.view(torch.int32) + 0x007FFFFF) & 0x7F800000  # any mantissa carries upwards
+    bits = (x.view(torch.int32) + _MANTISSA) & _EXPONENT  # any mantissa carries upwards
     return bits.view(torch.float32)
 
 
 def _scale_for(amax: Tensor, largest: float, floor: float) -> Tensor:
-    return ceil_pow2(amax.clamp_min(floor) / largest)
+    return ceil_pow2(amax.clamp_min(floor) / number(largest))
 
 
 # ---------------------------------------------------------------- activations
@@ -74,9 +88,10 @@ def round_e4m3(y: Tensor, scale: Tensor) -> Tensor:
     Adding and taking away ``1.5 * 2^23`` units in the last place rounds to nearest even in plain
     float32 arithmetic, several times faster than a cast to float8 and back.
     """
-    bits = y.view(torch.int32) & 0x7F800000  # 2 ** floor(log2 |y|)
-    ulp_magic = bits.view(torch.float32).maximum(scale * 2.0**-6).mul_(1.5 * 2.0**20)
-    return (y + ulp_magic).sub_(ulp_magic)  # 3 mantissa bits
+    bits = y.view(torch.int32) & _EXPONENT  # 2 ** floor(log2 |y|)
+    ulp_magic = bits.view(torch.float32).maximum(scale * number(2.0**-6))
+    ulp_magic = ulp_magic.mul_(number(1.5 * 2.0**20))  # 3 mantissa bits
+    return (y + ulp_magic).sub_(ulp_magic)
 
 
 def _round_e2m1(y: Tensor) -> Tensor:
@@ -133,17 +148,20 @@ def dequantize(
     too (four significant bits times a power of two, the exponent range is the same), for scales
     below 2^112.
     """
+    if scale is not None and weight.dim() == 2 and weight.shape[0] > _rows_at_once(weight):
+        blocks = row_blocks(weight, scale)
+        return torch.cat([dequantize(w, s, dtype) for w, s in blocks])
     if weight.dtype in (torch.int8, torch.uint8):
         assert scale is not None
         values = _fp4_as_half(weight).float()
         blocks = values.unflatten(-1, (-1, FP4_BLOCK))
-        blocks.mul_((scale.float() * 2.0**14).unsqueeze(-1))
+        blocks.mul_((scale.float() * number(2.0**14)).unsqueeze(-1))
         return values.to(dtype)
     if weight.dtype == E4M3:
         assert scale is not None
         n, k = weight.shape[-2:]
         values = _fp8_as_half(weight).float()
-        factor = (scale.float() * 2.0**8).repeat_interleave(FP8_BLOCK, -2)
+        factor = (scale.float() * number(2.0**8)).repeat_interleave(FP8_BLOCK, -2)
         if n % FP8_BLOCK:
             factor = factor[..., :n, :]
         if k % FP8_BLOCK:
@@ -151,6 +169,43 @@ def dequantize(
         values.unflatten(-1, (-1, FP8_BLOCK)).mul_(factor.unsqueeze(-1))
         return values.to(dtype)
     return weight.to(dtype)
+
+
+def times_row(weight: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+    """``weight [N, K]`` as stored times ``x [K]``: float32 ``[N]``.
+
+    Long rows of FP8 are not scaled: ``x`` is, once for each row of blocks, with the same sums.
+    """
+    x = x.float()
+    parts = []
+    for w, s in row_blocks(weight, scale):
+        n, k = w.shape
+        if s is None or w.dtype != E4M3 or n % FP8_BLOCK or k % FP8_BLOCK or k < 512:
+            parts.append(torch.mv(dequantize(w, s), x))
+        else:
+            factor = (s.float() * number(2.0**8)).unsqueeze(-1)
+            scaled = (x.view(-1, FP8_BLOCK) * factor).flatten(1).unbind()
+            values = _fp8_as_half(w).float().view(-1, FP8_BLOCK, k).unbind()
+            parts += [torch.mv(v, row) for v, row in zip(values, scaled, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def row_blocks(weight: Tensor, scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """``weight [N, K]`` with its scales in pieces whose float32 values take at most about 4 MB:
+    the allocator reuses such blocks, while larger ones cost a page fault every 4 KB."""
+    rows = _rows_at_once(weight)
+    if weight.shape[0] <= rows:
+        return iter([(weight, scale)])
+    pieces = weight.split(rows)
+    if scale is None:
+        return zip(pieces, [None] * len(pieces), strict=True)
+    per_scale = FP8_BLOCK if weight.dtype == E4M3 else 1
+    return zip(pieces, scale.split(rows // per_scale), strict=True)
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    per_row = weight.shape[1] * (2 if weight.dtype in (torch.int8, torch.uint8) else 1)
+    return max(FP8_BLOCK, (1 << 20) // per_row // FP8_BLOCK * FP8_BLOCK)
 
 
 # Both formats fit in float16 but for the exponent's bias, so their bits are moved into place with
@@ -161,14 +216,17 @@ def dequantize(
 def _fp4_as_half(pairs: Tensor) -> Tensor:
     """FP4 pairs ``[..., K / 2]`` -> float16 ``[..., K]``, times 2^-14."""
     wide = pairs.contiguous().view(torch.uint8).to(torch.int32)
-    both = wide.mul_(0x0100_1000).view(torch.int16)  # a code in the upper bits of either half
-    return both.bitwise_right_shift_(3).bitwise_and_(-0x7200).view(torch.float16)
+    both = wide.mul_(number(0x0100_1000, torch.int32)).view(torch.int16)
+    # now each half has its code in the upper four bits
+    both.bitwise_right_shift_(number(3, torch.int16))
+    return both.bitwise_and_(number(-0x7200, torch.int16)).view(torch.float16)
 
 
 def _fp8_as_half(codes: Tensor) -> Tensor:
     """E4M3 codes -> float16 of the same shape, times 2^-8."""
     wide = codes.contiguous().view(torch.int8).to(torch.int16)  # the sign fills the upper bits
-    return wide.bitwise_left_shift_(7).bitwise_and_(-0x4080).view(torch.float16)
+    wide.bitwise_left_shift_(number(7, torch.int16))
+    return wide.bitwise_and_(number(-0x4080, torch.int16)).view(torch.float16)
 
 
 def fp4_to_fp8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +9,11 @@ from torch import Tensor
 
 from ..errors import ContextLengthError, RequestError
 from ..model import Numerics, Transformer
+from . import memory
 from .kvstate import GRAIN, KVState
+from .threads import suitable_threads
 
 PREFILL_CHUNK = 512  # tokens in one pass; a multiple of 128, so that snapshots fall on its end
-
-# glibc keeps what a long pass worked with, tens of megabytes, unless it is told to give it back
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-
 
 class Session:
     """A timeline of tokens and the attention state they left; used by one thread at a time.
@@ -29,6 +26,8 @@ class Session:
 
     def __init__(self, net: Transformer, nx: Numerics) -> None:
         self._net, self._nx = net, nx
+        memory.reuse()
+        self._size = net.config.parameter_counts().active
         self._state = KVState(net.config)
         self._tokens: list[int] = []
 
@@ -70,14 +69,15 @@ class Session:
             n = min(len(ids) - done, PREFILL_CHUNK - state.length % GRAIN)
             chunk = torch.tensor([ids[done : done + n]])
             run = self._net.start(chunk, self._nx, state.length, list(state.layers))
-            streams = self._net.trunk(run)[0]
-            state.length += n
-            done += n
-            state.snapshot()
-            if logits and (done == len(ids) or not last):
-                out.append(self._net.logits(streams[-1:] if last else streams, run))
-        if len(ids) >= GRAIN and _malloc_trim is not None:
-            _malloc_trim(0)
+            with suitable_threads(self._size, n):
+                streams = self._net.trunk(run)[0]
+                state.length += n
+                done += n
+                state.snapshot()
+                if logits and (done == len(ids) or not last):
+                    out.append(self._net.logits(streams[-1:] if last else streams, run))
+        if len(ids) >= GRAIN:
+            memory.release()
         return torch.cat(out) if out else torch.empty(0, self._net.config.vocab_size)
 
     def rewind(self, n_tokens_to_keep: int) -> None:
@@ -96,7 +96,7 @@ class Session:
     def fork(self) -> Session:
         """Another session at the same point; the two do not affect each other."""
         other = Session.__new__(Session)
-        other._net, other._nx = self._net, self._nx
+        other._net, other._nx, other._size = self._net, self._nx, self._size
         other._state, other._tokens = self._state.fork(), list(self._tokens)
         return other
 

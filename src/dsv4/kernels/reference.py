@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant import dequantize, fp8_round
+from ..quant import FP8_BLOCK, dequantize, fp8_round, number, times_row
 
 QUERY_BLOCK = 128  # queries handled together in attention and index scores
 
@@ -29,15 +29,14 @@ def has_fast_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def matmul_dtype(dtype: torch.dtype, rows: int) -> torch.dtype:
-    """The type to multiply ``rows`` rows in: products of ``dtype`` values are exact and fast.
+def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type to multiply in so that products of ``dtype`` values are exact and fast here.
 
     Products of bfloat16 values are exact in float32, so a CPU without bfloat16 instructions
-    multiplies in float32 and rounds once at the end. So does a single row on any CPU: it is bound
-    by memory, and preparing a bfloat16 product takes longer than the product.
+    multiplies in float32 and rounds once at the end. (A single row does so on any CPU: preparing
+    a product in bfloat16 takes longer than the product.)
     """
-    wide = dtype == torch.bfloat16 and (rows == 1 or not has_fast_bf16())
-    return torch.float32 if wide else dtype
+    return torch.float32 if dtype == torch.bfloat16 and not has_fast_bf16() else dtype
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
@@ -63,7 +62,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) 
     Accumulates in float32 and rounds once to ``dtype``. ``x`` is taken as it is: rounding of
     activations is ``quant.fp8_round``, done once for all the matrices that read ``x``.
     """
-    mm = matmul_dtype(dtype, x.numel() // x.shape[-1])
+    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        return times_row(weight, scale, x.flatten()).to(dtype).view(*x.shape[:-1], -1)
+    mm = matmul_dtype(dtype)
     return matmul(x.to(mm), dequantize(weight, scale, mm)).to(dtype)
 
 
@@ -71,8 +72,13 @@ def grouped_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """``x [..., G, K]`` times the G slices of ``weight [G * R, K]``: ``[..., G, R]``."""
-    mm = matmul_dtype(dtype, x.shape[:-2].numel())
-    w = dequantize(weight, scale, mm).chunk(x.shape[-2])
+    groups, one_row = x.shape[-2], x.shape[:-2].numel() == 1
+    if one_row and not torch.is_grad_enabled() and weight.shape[0] % (groups * FP8_BLOCK) == 0:
+        scales = [None] * groups if scale is None else scale.chunk(groups)
+        rows = zip(weight.chunk(groups), scales, x.reshape(groups, -1), strict=True)
+        return torch.stack([times_row(*each) for each in rows]).to(dtype).view(*x.shape[:-1], -1)
+    mm = matmul_dtype(dtype)
+    w = dequantize(weight, scale, mm).chunk(groups)
     parts = [matmul(part, w[g]) for g, part in enumerate(x.to(mm).unbind(-2))]
     return torch.stack(parts, -2).to(dtype)
 
@@ -92,9 +98,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     the reference does for the heads of a query.
     """
     if weight is None:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + number(eps))
     y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + number(eps))
     return (y * weight.float()).to(x.dtype)
 
 
@@ -128,7 +134,7 @@ def hc_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     """Mixing logits ``[..., M]`` of ``streams [..., h, d]``: RMS-normalised, times ``fn``."""
     flat = streams.flatten(-2)
     norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = torch.rsqrt(norm.square() / flat.shape[-1] + eps)
+    scale = torch.rsqrt(norm.square() / number(flat.shape[-1]) + number(eps))
     mm = flat.dtype if flat.requires_grad else torch.float32
     return F.linear(flat.to(mm), fn.to(mm)).float() * scale
 
@@ -150,8 +156,9 @@ def _hc_gates(
     pre, post, comb = logits.split((h, h, h * h), -1)
     pre_base, post_base, comb_base = base.split((h, h, h * h))
     comb = (comb * scale[2] + comb_base).unflatten(-1, (h, h))
-    pre = torch.sigmoid(pre * scale[0] + pre_base) + eps
-    return pre, 2 * torch.sigmoid(post * scale[1] + post_base), torch.softmax(comb, -1) + eps
+    pre = torch.sigmoid(pre * scale[0] + pre_base) + number(eps)
+    post = number(2.0) * torch.sigmoid(post * scale[1] + post_base)
+    return pre, post, torch.softmax(comb, -1) + number(eps)
 
 
 def hc_read(
@@ -168,12 +175,14 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     if comb.requires_grad:
         out: Tensor = _Sinkhorn.apply(comb, iters, eps)  # type: ignore[no-untyped-call]
         return out
-    if comb.shape[:-2].numel() == 1:  # one matrix: sums by products with ones, half the operations
-        m = comb.reshape(comb.shape[-2:]).clone()
-        ones, least, total = torch.ones_like(m), torch.full_like(m, eps), torch.empty_like(m)
+    if comb.shape[:-2].numel() == 1:  # one matrix with eps around it: sums by products with ones
+        h = comb.shape[-1]
+        framed, ones = comb.new_full((h + 1, h + 1), eps), comb.new_ones(h + 1, h + 1)
+        m, total = framed[:h, :h].copy_(comb.view(h, h)), comb.new_empty(h, h)
+        columns, rows = (ones[:h], framed[:, :h]), (framed[:h], ones[:, :h])
         for axis in _sinkhorn_axes(iters):
-            m /= torch.addmm(least, *((m, ones) if axis else (ones, m)), out=total)
-        return m.view(comb.shape)
+            m.div_(torch.mm(*(rows if axis else columns), out=total))
+        return m.reshape(comb.shape)
     m = comb.flatten(0, -3).permute(1, 2, 0).contiguous()  # [h, h, N]: long rows vectorise
     for axis in _sinkhorn_axes(iters):
         m /= m.sum(axis, keepdim=True).add_(eps)
@@ -472,13 +481,12 @@ def routed_experts(
 
     ``ids [N, K]`` and ``weights [N, K]`` say which experts a row goes to; ``w1`` (gate), ``w3``
     (up), ``w2`` (down) hold all E experts. A weight enters before the down projection, each used
-    expert is touched once. ``round_activations``: FP8 rounding before each quantised matmul.
+    expert is touched once. ``x`` is taken as it is; ``round_activations``: FP8 rounding before the
+    down projection.
     """
-    if round_activations:
-        x = fp8_round(x)
     if x.shape[0] == 1 and not x.requires_grad:
         return _one_row(x, ids[0].tolist(), weights[0], w1, w2, w3, limit, round_activations, dtype)
-    mm = matmul_dtype(dtype, x.shape[0])
+    mm = matmul_dtype(dtype)
     k = ids.shape[1]
     order = ids.flatten().argsort(stable=True)
     counts = torch.bincount(ids.flatten(), minlength=len(w1)).tolist()
@@ -513,9 +521,9 @@ def _one_row(
     """``routed_experts`` for a single row: the chosen experts as one batch of stored bytes."""
 
     def batch(table: list[Stored]) -> Tensor:
-        codes = _stack([t.weight for t in table])
+        codes = torch.stack([t.weight for t in table])
         scales = [t.scale for t in table if t.scale is not None]
-        return dequantize(codes, _stack(scales) if scales else None)
+        return dequantize(codes, torch.stack(scales) if scales else None)
 
     both = batch([w1[e] for e in ids] + [w3[e] for e in ids])
     hidden = F.linear(x.float(), both.flatten(0, 1)).to(dtype).view(2, len(ids), -1)
@@ -525,10 +533,3 @@ def _one_row(
     down = zip(batch([w2[e] for e in ids]), act.float(), strict=True)
     out = torch.stack([torch.mv(weight, row) for weight, row in down])
     return out.to(dtype).float().sum(0, keepdim=True)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """``torch.stack`` for any dtype; bytes are copied as bytes."""
-    if tensors[0].dtype.itemsize > 1:
-        return torch.stack(tensors)
-    return torch.stack([t.view(torch.uint8) for t in tensors]).view(tensors[0].dtype)

@@ -1,0 +1,29 @@
+"""How many threads a pass is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+SMALL = 100_000_000  # parameters touched per token
+
+
+@contextmanager
+def suitable_threads(parameters: int, rows: int) -> Iterator[None]:
+    """Run a pass of ``rows`` tokens through a model that touches ``parameters`` per token.
+
+    A single token of a model of less than SMALL, such as v4-nano, is computed in one thread: what
+    another would do it can hardly be told in less time. All else has the threads that torch was
+    given (``torch.set_num_threads``, ``--threads``; by default one per core).
+    """
+    given = torch.get_num_threads()
+    if rows > 1 or parameters >= SMALL or given == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(given)
