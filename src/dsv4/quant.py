@@ -191,7 +191,7 @@ def times_row(weight: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
 
 
 def row_blocks(weight: Tensor, scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """``weight [N, K]`` with its scales in pieces whose float32 values take at most about 4 MB:
+    """``weight [N, K]`` with its scales in pieces whose float32 values take at most about 2 MB:
     the allocator reuses such blocks, while larger ones cost a page fault every 4 KB."""
     rows = _rows_at_once(weight)
     if weight.shape[0] <= rows:
@@ -205,7 +205,7 @@ def row_blocks(weight: Tensor, scale: Tensor | None) -> Iterator[tuple[Tensor, T
 
 def _rows_at_once(weight: Tensor) -> int:
     per_row = weight.shape[1] * (2 if weight.dtype in (torch.int8, torch.uint8) else 1)
-    return max(FP8_BLOCK, (1 << 20) // per_row // FP8_BLOCK * FP8_BLOCK)
+    return max(FP8_BLOCK, (1 << 19) // per_row // FP8_BLOCK * FP8_BLOCK)
 
 
 # Both formats fit in float16 but for the exponent's bias, so their bits are moved into place with
