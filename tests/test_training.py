@@ -12,7 +12,7 @@ import torch
 import dsv4
 from dsv4 import quant
 from dsv4.model import TRAIN, TRAIN_QAT, Transformer
-from dsv4.train.loop import Recipe, Run
+from dsv4.train.loop import Recipe, Run, Stage
 from dsv4.train.optim import MuonAdamW, OptimSettings, orthogonalize, uses_muon
 
 TINY = Recipe(
@@ -20,8 +20,11 @@ TINY = Recipe(
         "vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 128,
         "n_routed_experts": 4, "compress_ratios": [0, 4, 128, 0], "index_n_heads": 2,
     },
-    steps=6, tokens_per_batch=1024, first_length=160, last_length=160, vocab_documents=300,
-    warmup_steps=2, log_every=1, qat_from=0.6,
+    tokens_per_batch=1024, first_length=160, last_length=160, vocab_documents=300, log_every=1,
+    stages=(
+        Stage(steps=2, warmup=2, shares={"arithmetic": 3, "recall": 1}),
+        Stage(steps=4, warmup=0, final_lr=0.1, qat_steps=2),
+    ),
 )
 
 
@@ -115,11 +118,23 @@ def test_gradients_reach_everything_that_trains() -> None:
     assert all(".indexer." in n for n in silent), silent
 
 
+def test_a_recipe_is_made_of_stages() -> None:
+    assert TINY.steps == 6
+    assert TINY.at(1) == (TINY.stages[0], 1) and TINY.at(2) == (TINY.stages[1], 0)
+    assert TINY.at(6) == (TINY.stages[1], 4)  # after the end
+    factors = [stage.lr_factor(n) for stage, n in map(TINY.at, range(7))]
+    assert factors[:3] == [0.5, 1.0, 1.0] and factors[6] == pytest.approx(0.1)
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
         ("stepz = 3", "stepz"),
-        ('steps = "many"', "steps"),
+        ('seed = "many"', "seed"),
+        ('[[stages]]\nsteps = "many"', "stages: steps"),
+        ("[[stages]]\nshares = { chess = 3 }", "chess"),
+        ("stages = 3", "stages"),
         ('preset = "huge"', "huge"),
         ("=", "TOML"),
     ],

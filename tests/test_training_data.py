@@ -20,6 +20,7 @@ from dsv4.train.conversations import (
     arithmetic,
     held_out,
     json_extract,
+    number_facts,
     pair_key,
     recall,
     rng_for,
@@ -27,8 +28,8 @@ from dsv4.train.conversations import (
     worked_steps,
 )
 from dsv4.train.data import (
+    HELD_OUT,
     POOL,
-    WEIGHTS,
     batches,
     corpus_for_tokenizer,
     document,
@@ -74,6 +75,8 @@ def test_a_document_depends_on_seed_split_and_number_only() -> None:
 def test_no_held_out_fact_in_20000_training_documents() -> None:
     for doc in islice(documents(1, longest=300), 20000):
         assert not any(held_out(*key) for key in doc.facts), doc
+        if doc.task == "number_facts":
+            continue  # all one-digit sums are shown
         for a, _, b in OPERATION.findall(said(doc)):  # the text itself, whatever facts says
             assert not held_out(*pair_key(int(a), int(b))), said(doc)
         if doc.task == "recall":
@@ -84,7 +87,7 @@ def test_no_held_out_fact_in_20000_training_documents() -> None:
 
 def test_held_out_documents_hold_nothing_else() -> None:
     docs = list(islice(documents(1, "heldout"), 1500))
-    assert {doc.task for doc in docs} == set(WEIGHTS)
+    assert {doc.task for doc in docs} == set(HELD_OUT)
     assert all(held_out(*key) for doc in docs for key in doc.facts)
     share = sum(held_out(*pair_key(a, b)) for a in range(100) for b in range(a, 100)) / 5050
     assert 0.08 < share < 0.12
@@ -103,6 +106,19 @@ def test_written_steps_are_true_and_end_in_the_result(a: int, op: str, b: int) -
     carry = re.findall(r"carry (\d)", steps)[-1:]
     assert int("".join(carry + written[::-1])) == abs(value(a, op, b))
     assert steps.count("=") == max(len(str(a)), len(str(b)))
+
+
+def test_number_facts_are_right() -> None:
+    seen = set()
+    for i in range(400):
+        doc = number_facts(rng_for(i))
+        asked, known = (m["content"] for m in doc.messages[-2:])
+        facts = re.findall(r"([-+\d]+)=(\d+)\.", known)
+        assert asked == " ".join(f"{left}=?" for left, _ in facts)
+        for left, result in facts:
+            assert sum(map(int, re.findall(r"[-+]?\d+", left))) == int(result)
+            seen.add(left)
+    assert len(seen) > 500  # of 600
 
 
 def test_answers_are_right() -> None:

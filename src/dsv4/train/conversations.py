@@ -1,8 +1,9 @@
-"""The conversations v4-nano learns from, made by chance and rule: five tasks, one function each.
+"""The conversations v4-nano learns from, made by chance and rule: six tasks, one function each.
 
-``arithmetic`` (addition and subtraction, with or without written steps), ``recall`` (facts hidden
-in filler), ``json_extract``, ``tool_call`` (a declared calculator) and ``dialogue`` (small talk and
-simple facts), all in the official message format.
+``arithmetic`` (addition and subtraction, with or without written steps), ``number_facts`` (the
+one-digit sums that the steps are made of), ``recall`` (facts hidden in filler), ``json_extract``,
+``tool_call`` (a declared calculator) and ``dialogue`` (small talk and simple facts), all in the
+official message format.
 
 About a tenth of all operand pairs, facts, people and conversations is *held out* by a hash: the
 ``train`` split never shows one, the ``heldout`` split shows nothing else. Evaluations draw from it.
@@ -223,6 +224,23 @@ def arithmetic(
         messages += [_user(question), _assistant(f"{a} {op} {b} = {answer}.", steps)]
         facts.append(pair_key(a, b))
     return _document(rng, "arithmetic", messages, thinking, answer, tuple(facts))
+
+
+def number_facts(rng: Random, split: Split = "train") -> Document:
+    """The one-digit sums and differences of worked steps, many in one document.
+
+    Nothing of it is held out: whoever adds two-digit numbers has to know all of them.
+    """
+    asked, known = [], []
+    for _ in range(rng.randint(6, 24)):
+        op, y, last = rng.choice("+-"), rng.randrange(10), rng.choice(("", "0", "1"))
+        rest = y + int(last or 0)
+        x = rng.randrange(10) + (rest if op == "-" else 0)
+        sum_ = f"{x}{op}{y}" + (f"{op}{last}" if last else "")
+        asked.append(f"{sum_}=?")
+        known.append(f"{sum_}={x + rest if op == '+' else x - rest}.")
+    messages = [*_system(rng, 0.05), _user(" ".join(asked)), _assistant(" ".join(known))]
+    return _document(rng, "number_facts", messages, False, known[-1], ())
 
 
 # ------------------------------------------------------------------ recall
@@ -869,6 +887,7 @@ def dialogue(rng: Random, split: Split = "train", *, thinking: bool | None = Non
 
 TASKS: Mapping[str, Callable[[Random, Split], Document]] = {
     "arithmetic": arithmetic,
+    "number_facts": number_facts,
     "recall": recall,
     "json_extract": json_extract,
     "tool_call": tool_call,

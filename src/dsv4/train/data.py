@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 # and the most numerous.
 WEIGHTS: Mapping[str, float] = {
     "arithmetic": 36,
+    "number_facts": 10,
     "recall": 15,
     "json_extract": 9,
     "tool_call": 6,
     "dialogue": 32,
 }
+HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k != "number_facts"}
 
 # ------------------------------------------------------------------ streams
 
@@ -54,11 +56,12 @@ def document(
 ) -> Document:
     """Document ``index`` of a stream: the same for the same arguments, without its predecessors.
 
-    ``weights`` are relative numbers of documents per task (default ``WEIGHTS``); ``longest`` is
-    the most tokens a recall prompt aims at (20 to 30 more with the answers).
+    ``weights`` are relative numbers of documents per task (default ``WEIGHTS``, or ``HELD_OUT``:
+    number facts have no held-out part); ``longest`` is the most tokens a recall prompt aims at
+    (20 to 30 more with the answers).
     """
     rng = rng_for("document", seed, split, index)
-    shares = WEIGHTS if weights is None else weights
+    shares = weights or (WEIGHTS if split == "train" else HELD_OUT)
     task = rng.choices(list(shares), list(shares.values()))[0]
     if task == "recall":
         return recall(rng, split, longest=longest)

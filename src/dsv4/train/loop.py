@@ -31,7 +31,8 @@ from ..config import PRESETS, V4Config
 from ..errors import TrainingError
 from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
 from ..tokenizer import Tokenizer
-from .data import POOL, batches, corpus_for_tokenizer, ramp
+from .conversations import TASKS
+from .data import batches, corpus_for_tokenizer, ramp
 from .optim import MuonAdamW, OptimSettings
 
 if sys.version_info >= (3, 11):
@@ -41,33 +42,45 @@ else:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a run: which data, and how the learning rate goes."""
+
+    steps: int = 3000
+    shares: dict[str, float] = field(default_factory=dict)  # documents per task; empty: the usual
+    warmup: int = 60  # steps of linear rise to lr
+    lr: float = 1.0  # times the recipe's lr, after the warm-up
+    final_lr: float = 1.0  # likewise at the end; a cosine goes from one to the other
+    mtp_weight: float = 0.3
+    qat_steps: int = 0  # at the end of the stage, with weights passed through FP4 / FP8
+
+    def lr_factor(self, step: int) -> float:
+        """Share of the recipe's learning rate at a step of this stage, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a run is. Every field can be set in the TOML file; unknown keys are refused."""
 
     preset: str = "nano"
     model: dict[str, Any] = field(default_factory=dict)  # config keys that differ from the preset
     seed: int = 0
-    steps: int = 3000
     tokens_per_batch: int = 4096
     first_length: int = 192  # tokens of the longest recall document at first
     last_length: int = 2048  # and at the end of the length ramp
     ramp_steps: int = 1200
-    task_weights: dict[str, float] = field(default_factory=dict)
-    focus_step: int = 0  # from this step on (a multiple of 64; 0: never) ...
-    focus_weights: dict[str, float] = field(default_factory=dict)  # ... these shares instead
     lr: float = 5e-3
     weight_decay: float = 0.1
-    warmup_steps: int = 60
-    decay_from: float = 0.5  # share of the run after which the cosine decay starts
-    final_lr: float = 0.05  # share of lr at the end
-    mtp_weight: float = 0.3  # until the decay starts, then a third of it
     balance_weight: float = 1e-4
     bias_update: float = 1e-3
     grad_clip: float = 1.0
-    qat_from: float = 0.8  # share of the run after which weights pass through FP4 / FP8
     vocab_documents: int = 20000
     checkpoint_minutes: float = 3.0
     log_every: int = 10
+    stages: tuple[Stage, ...] = (Stage(),)
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -80,44 +93,57 @@ class Recipe:
             ) from e
         except tomllib.TOMLDecodeError as e:
             raise TrainingError(f"{path} is not TOML", got=e) from e
-        known = {f.name: f for f in fields(cls)}
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise TrainingError(
-                f"{path} has keys that no recipe has",
-                expected=", ".join(known),
-                got=", ".join(unknown),
-            )
-        for key, value in data.items():
-            expected = type(getattr(cls(), key))
-            if expected is float and type(value) is int:
-                data[key] = float(value)
-            elif type(value) is not expected:
-                raise TrainingError(
-                    f"{path}: {key}", expected=expected.__name__, got=repr(value)
-                )
-        recipe = cls(**data)
-        if recipe.focus_step % POOL:
-            raise TrainingError(
-                f"{path}: focus_step", expected=f"a multiple of {POOL}", got=recipe.focus_step
-            )
+        stages = data.pop("stages", [{}])
+        if type(stages) is not list or not all(type(s) is dict for s in stages) or not stages:
+            raise TrainingError(f"{path}: stages", expected="[[stages]] tables", got=stages)
+        kept = tuple(Stage(**_checked(Stage(), s, f"{path}: stages")) for s in stages)
+        recipe = cls(**_checked(cls(), data, str(path)), stages=kept)
         if recipe.preset not in PRESETS:
             raise TrainingError("preset", expected=", ".join(PRESETS), got=recipe.preset)
+        for stage in kept:
+            wrong = sorted(set(stage.shares) - set(TASKS))
+            if wrong:
+                raise TrainingError(
+                    f"{path}: shares", expected=", ".join(TASKS), got=", ".join(wrong)
+                )
         return recipe
 
     def config(self) -> V4Config:
         """The model's configuration."""
         return replace(V4Config.preset(self.preset), **self.model)
 
-    def lr_factor(self, step: int) -> float:
-        """Warm-up, constant, cosine end; ``step`` counts from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        start = self.decay_from * self.steps
-        if step < start:
-            return 1.0
-        done = min(1.0, (step - start) / max(1.0, self.steps - start))
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def at(self, step: int) -> tuple[Stage, int]:
+        """The stage of a step of the run, and the step's number in it; both count from 0."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        return stage, step + stage.steps
+
+
+def _checked(defaults: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
+    """``given`` if it has fields of a dataclass and values of their types; whole floats pass."""
+    known = [f.name for f in fields(defaults) if f.name != "stages"]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TrainingError(
+            f"{where} has keys that it cannot have",
+            expected=", ".join(known),
+            got=", ".join(unknown),
+        )
+    out = {}
+    for key, value in given.items():
+        wanted = type(getattr(defaults, key))
+        value = float(value) if wanted is float and type(value) is int else value
+        if type(value) is not wanted:
+            raise TrainingError(f"{where}: {key}", expected=wanted.__name__, got=repr(value))
+        out[key] = value
+    return out
 
 
 class Run:
@@ -151,17 +177,17 @@ class Run:
     def loss(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float], Any]:
         """The training loss of one batch, its parts, and what each router did."""
         r, net = self.recipe, self.net
-        nx = TRAIN_QAT if self.step >= r.qat_from * r.steps else TRAIN
+        stage, step = r.at(self.step)
+        nx = TRAIN_QAT if step >= stage.steps - stage.qat_steps else TRAIN
         run = net.start(ids, nx)
         run.balance = []
         streams = net.trunk(run)
         main = self._token_loss(streams[:, :-1], ids[:, 1:], weights[:, 1:], run, net.logits)
         total, parts = main, {"loss": main.item()}
-        if net.mtp and r.mtp_weight:
+        if net.mtp and stage.mtp_weight:
             ahead = net.mtp_streams(streams, run)[:, :-1]
             mtp = self._token_loss(ahead, ids[:, 2:], weights[:, 2:], run, net.mtp_logits)
-            late = self.step >= r.decay_from * r.steps
-            total = total + r.mtp_weight * (1 / 3 if late else 1.0) * mtp
+            total = total + stage.mtp_weight * mtp
             parts["mtp"] = mtp.item()
         for scores, chosen in run.balance:
             share = torch.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.numel()
@@ -195,7 +221,8 @@ class Run:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.clip_grad_norm_(trained, r.grad_clip)
-        self.optim.step(r.lr_factor(self.step))
+        stage, step = r.at(self.step)
+        self.optim.step(stage.lr_factor(step))
         for p in trained:
             p.grad = None
         worst = 1.0
@@ -211,18 +238,22 @@ class Run:
 
     def data(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from the present step on."""
-        r = self.recipe
-
-        def stream(start: int, shares: dict[str, float]) -> Iterator[tuple[Tensor, Tensor]]:
-            length = ramp(r.first_length, r.last_length, r.ramp_steps)
-            return batches(
-                self.tokenizer, r.seed, r.tokens_per_batch, length, start, weights=shares or None
-            )
-
-        if r.focus_step and self.step < r.focus_step:
-            yield from islice(stream(self.step, r.task_weights), r.focus_step - self.step)
-        start = max(self.step, r.focus_step)
-        yield from stream(start, r.focus_weights if r.focus_step else r.task_weights)
+        r, end = self.recipe, 0
+        length = ramp(r.first_length, r.last_length, r.ramp_steps)
+        for stage in r.stages:
+            begin, end = max(end, self.step), end + stage.steps
+            if begin < end:
+                yield from islice(
+                    batches(
+                        self.tokenizer,
+                        r.seed,
+                        r.tokens_per_batch,
+                        length,
+                        begin,
+                        weights=stage.shares or None,
+                    ),
+                    end - begin,
+                )
 
     def train(self) -> None:
         """Go on until ``steps``; Ctrl-C or SIGTERM saves and stops. Exports at the end."""
@@ -266,6 +297,7 @@ class Run:
                     self.seconds += took
                     window[-1]["tokens_per_s"] = ids.numel() / took
                     if self.step % r.log_every == 0:
+                        stage, step = r.at(self.step - 1)
                         mean = {
                             k: sum(w[k] for w in window if k in w) / len(window) for k in window[-1]
                         }
@@ -274,7 +306,7 @@ class Run:
                             "step": self.step,
                             "tokens": self.tokens,
                             "seconds": round(self.seconds, 1),
-                            "lr": r.lr * r.lr_factor(self.step - 1),
+                            "lr": r.lr * stage.lr_factor(step),
                         } | {k: round(v, 5) for k, v in mean.items()}
                         log.write(json.dumps(line) + "\n")
                         log.flush()
