@@ -11,7 +11,7 @@ N rows (B * T flattened), S keys, R compressed rows, E experts, K experts per to
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -323,45 +323,72 @@ def attention(
     [B, T, k]`` is given, the ones listed (-1: none). Keys are the values. One softmax over both,
     with ``sink [H]`` (one logit per head) in the denominator only. Returns ``[B, T, H, D]``.
     """
+    blocks = list(_query_blocks(q, window, rows, chosen, start, ratio, width))
+    if q.requires_grad and not any(block.sparse for block in blocks):
+        trained: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+            q, window, rows, sink, blocks, scale, dtype
+        )
+        return trained
     out = []
-    earlier = window.shape[1] - q.shape[1]
-    sparse = chosen is not None and rows is not None and rows.shape[1] > 4 * chosen.shape[2]
-    step = 16 if sparse else QUERY_BLOCK
+    for block in blocks:
+        qs, near = q[:, block.queries], window[:, block.near]
+        if block.sparse:
+            assert rows is not None and chosen is not None
+            out.append(_gathered(qs, near, rows, chosen[:, block.queries], sink,
+                                 block.first, width, scale, dtype))
+        else:
+            keys = near if rows is None else torch.cat((near, rows[:, block.far]), 1)
+            out.append(_softmax_attention(qs, keys, block.hidden, sink, scale, dtype))
+    return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+class _Block(NamedTuple):
+    """Some successive queries and the keys among which they find all that they may see."""
+
+    queries: slice
+    near: slice  # of the window
+    first: int  # place in it of the first query's own entry
+    far: slice | Tensor  # of the compressed rows
+    hidden: Tensor | None  # [n, S] or [B, n, S]: what a query may not see of near and far
+    sparse: bool  # each query sees few of the rows, other ones
+
+
+def _query_blocks(
+    q: Tensor, window: Tensor, rows: Tensor | None, chosen: Tensor | None,
+    start: int, ratio: int, width: int,
+) -> Iterator[_Block]:
+    earlier, device = window.shape[1] - q.shape[1], q.device
+    few = chosen is not None and rows is not None and rows.shape[1] > 4 * chosen.shape[2]
+    step = 16 if few else QUERY_BLOCK
     for a in range(0, q.shape[1], step):
-        qs = q[:, a : a + step]
-        n = qs.shape[1]
-        first = max(0, a + earlier - width + 1)
-        near = window[:, first : a + n + earlier]
-        far = mask = None
-        if rows is not None:
-            count = (start + a + n) // ratio
-            if chosen is None or count <= chosen.shape[2]:
-                far = rows[:, :count]
-                if n > 1:
-                    seen = visible_rows(start + a, n, ratio, q.device)
-                    mask = torch.arange(count, device=q.device) >= seen[:, None]
-            elif n == 1 and q.shape[0] == 1:
-                far = rows[:, chosen[0, a]]  # more rows than k, so none is missing
-            elif sparse:
-                out.append(_gathered(qs, near, rows, chosen[:, a : a + n], sink,
-                                     a + earlier - first, width, scale, dtype))
-                continue
-            else:
-                far = rows[:, :count]
-                pick = chosen[:, a : a + n]
-                mask = torch.ones(*pick.shape[:2], count + 1, dtype=torch.bool, device=q.device)
-                mask = mask.scatter_(2, pick.where(pick >= 0, count), False)[..., :count]
+        n = min(step, q.shape[1] - a)
+        queries, begin = slice(a, a + n), max(0, a + earlier - width + 1)
+        near, first = slice(begin, a + n + earlier), a + earlier - begin
         hidden = None
         if n > 1:
-            hidden = _outside_window(n, near.shape[1], a + earlier - first, width, q.device)
-        if far is not None:
-            keys = torch.cat((near, far), 1)
-            if hidden is not None and mask is not None:
-                hidden = torch.cat((hidden.expand(*mask.shape[:-1], -1), mask), -1)
+            hidden = _outside_window(n, near.stop - begin, first, width, device)
+        if rows is None:
+            yield _Block(queries, near, first, slice(0), hidden, False)
+            continue
+        count = (start + a + n) // ratio
+        far: slice | Tensor = slice(count)
+        mask = None
+        if chosen is None or count <= chosen.shape[2]:
+            if n > 1:
+                seen = visible_rows(start + a, n, ratio, device)
+                mask = torch.arange(count, device=device) >= seen[:, None]
+        elif n == 1 and q.shape[0] == 1:
+            far = chosen[0, a]  # more rows than k, so none is missing
+        elif few:
+            yield _Block(queries, near, first, far, None, True)
+            continue
         else:
-            keys = near
-        out.append(_softmax_attention(qs, keys, hidden, sink, scale, dtype))
-    return out[0] if len(out) == 1 else torch.cat(out, 1)
+            pick = chosen[:, queries]
+            mask = torch.ones(*pick.shape[:2], count + 1, dtype=torch.bool, device=device)
+            mask = mask.scatter_(2, pick.where(pick >= 0, count), False)[..., :count]
+        if hidden is not None and mask is not None:
+            hidden = torch.cat((hidden.expand(*mask.shape[:-1], -1), mask), -1)
+        yield _Block(queries, near, first, far, hidden, False)
 
 
 def _outside_window(
@@ -383,8 +410,6 @@ def _softmax_attention(
     """
     b, n, h, d = q.shape
     qs = q.reshape(b, n * h, d)
-    if q.requires_grad:
-        return _trained_attention(qs, keys, hidden, sink, scale, dtype).view(b, n, h, d)
     keys = wide(keys)
     scores = torch.baddbmm(
         keys.new_zeros(1), wide(qs), keys.transpose(1, 2), beta=0, alpha=scale
@@ -398,25 +423,68 @@ def _softmax_attention(
     return out.div_(total).to(dtype)
 
 
-def _trained_attention(
-    q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """``_softmax_attention`` with a gradient, for ``q [B, n * H, D]``: few operations on large
-    tensors. A zero key stands for the sink: its score is the sink's logit, its value nothing."""
-    b, rows, _ = q.shape
-    keys = F.pad(keys.to(dtype), (0, 0, 1, 0))
-    bias = F.pad(sink.to(dtype).unsqueeze(1), (0, keys.shape[1] - 1))  # [H, 1 + S]
-    if hidden is not None:
-        blocked = torch.zeros(hidden.shape, dtype=dtype, device=q.device)
-        blocked = F.pad(blocked.masked_fill_(hidden, -torch.inf), (1, 0))
-        bias = (bias + blocked.unsqueeze(-2)).flatten(-3, -2)  # [(B,) n * H, 1 + S]
-    else:
-        bias = bias.repeat(rows // sink.shape[0], 1)
-    scores = torch.baddbmm(
-        bias.expand(b, -1, -1), q.to(dtype), keys.transpose(1, 2), alpha=scale
-    )
-    p = torch.softmax(scores, -1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
-    return (p @ keys).to(dtype)
+class _Attention(torch.autograd.Function):
+    """``_softmax_attention`` of all blocks with its backward, which computes the weights again.
+
+    A zero key stands for the sink: its score is the sink's logit, its value nothing.
+    """
+
+    @staticmethod
+    def weights(q, keys, hidden, sink, scale):  # type: ignore[no-untyped-def]
+        """Of queries ``[B, n, H, D]`` for ``keys [B, 1 + S, D]``: ``[B, n * H, 1 + S]``."""
+        b, n, h, _ = q.shape
+        scores = torch.bmm(q.flatten(1, 2) * scale, keys.transpose(1, 2)).view(b, n, h, -1)
+        scores[..., 0] = sink
+        if hidden is not None:
+            scores[..., 1:].masked_fill_(hidden.unsqueeze(-2), -torch.inf)
+        high = torch.promote_types(q.dtype, torch.float32)
+        return torch.softmax(scores.flatten(1, 2), -1, dtype=high).to(q.dtype)
+
+    @staticmethod
+    def forward(ctx, q, window, rows, sink, blocks, scale, dtype):  # type: ignore[no-untyped-def]
+        q, window = q.to(dtype), window.to(dtype)
+        out = torch.empty_like(q)
+        for block in blocks:
+            qs, keys = q[:, block.queries], _with_sink(window, rows, block)
+            p = _Attention.weights(qs, keys, block.hidden, sink, scale)
+            out[:, block.queries] = torch.bmm(p, keys).view_as(qs)
+        ctx.save_for_backward(q, window, rows, sink, out)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, window, rows, sink, out = ctx.saved_tensors
+        high = torch.promote_types(q.dtype, torch.float32)
+        dq = torch.empty_like(q)
+        dwindow = torch.zeros_like(window, dtype=high)
+        drows = None if rows is None else torch.zeros_like(rows, dtype=high)
+        dsink = torch.zeros_like(sink, dtype=high)
+        for block in ctx.blocks:
+            qs, keys = q[:, block.queries], _with_sink(window, rows, block)
+            p = _Attention.weights(qs, keys, block.hidden, sink, ctx.scale)
+            g = grad[:, block.queries].to(q.dtype).flatten(1, 2)
+            dot = (wide(g) * wide(out[:, block.queries].flatten(1, 2))).sum(-1, keepdim=True)
+            ds = torch.bmm(g, keys.transpose(1, 2)).sub_(dot.to(q.dtype)).mul_(p)
+            dsink += wide(ds[..., 0]).view(-1, len(sink)).sum(0)
+            dq[:, block.queries] = (torch.bmm(ds, keys) * ctx.scale).view_as(qs)
+            dkeys = torch.bmm(ds.transpose(1, 2), qs.flatten(1, 2) * ctx.scale)
+            dkeys = torch.baddbmm(dkeys, p.transpose(1, 2), g)[:, 1:]
+            size = block.near.stop - block.near.start
+            dwindow[:, block.near] += dkeys[:, :size]
+            if drows is not None:
+                drows[:, block.far] += dkeys[:, size:]
+        drows = None if rows is None else drows.to(rows.dtype)
+        return dq, dwindow.to(window.dtype), drows, dsink.to(sink.dtype), None, None, None
+
+
+def _with_sink(window: Tensor, rows: Tensor | None, block: _Block) -> Tensor:
+    """A zero key, then the keys of a block: ``[B, 1 + S, D]``."""
+    near = window[:, block.near]
+    parts = [near.new_zeros(near.shape[0], 1, near.shape[2]), near]
+    if rows is not None:
+        parts.append(rows[:, block.far].to(near.dtype))
+    return torch.cat(parts, 1)
 
 
 def _gathered(
