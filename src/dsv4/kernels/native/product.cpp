@@ -1,0 +1,234 @@
+// Matrix products with weights as stored.
+//
+// Each result is sixteen partial sums, one per lane, over the inputs in order, then added by
+// halves. Few rows are multiplied while the weight is read; for many, a tile of the weight is
+// unpacked into the cache first. The order of every sum is the same either way.
+#include "kernels.h"
+#include "weights.h"
+
+namespace DSV4_ISA {
+namespace {
+
+using dsv4::Isa;
+using dsv4::Product;
+
+// ---------------------------------------------------------------- activations
+
+inline float as_float(const void* x, bool is_bf16, int64_t i) {
+  return is_bf16 ? widen(static_cast<const uint16_t*>(x)[i]) : static_cast<const float*>(x)[i];
+}
+
+// Input of place p in a step of pairs: FP4 has the even inputs first.
+inline int place(Format format, int p) {
+  return format != Format::fp4 ? p : p < 32 ? 2 * p : 2 * (p - 32) + 1;
+}
+
+void arrange(const void* from, bool is_bf16, int64_t inputs, Format format, bool pairs,
+             uint8_t* to) {
+  int order[STEP];  // of the inputs in one arranged step
+  for (int p = 0; p < STEP; p++) {
+    // Singles have, for each 32 places, the odd ones first.
+    int single = p % 32 < 16 ? p / 32 * 32 + p % 16 * 2 + 1 : p / 32 * 32 + p % 16 * 2;
+    order[p] = format == Format::f32 ? p : place(format, pairs ? p : single);
+  }
+  for (int64_t i = 0; i < steps(inputs); i++) {
+    for (int p = 0; p < STEP; p++) {
+      int64_t k = i * STEP + order[p];
+      if (pairs) {
+        ((uint16_t*)to)[i * STEP + p] = k < inputs ? static_cast<const uint16_t*>(from)[k] : 0;
+      } else {
+        ((float*)to)[i * STEP + p] = k < inputs ? as_float(from, is_bf16, k) : 0.0f;
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- results
+
+struct Results {
+  const Product& job;
+
+  void put(int64_t row, int64_t column, float value) const {
+    int64_t at = row * job.out_stride + column;
+    if (job.out_bf16) {
+      static_cast<uint16_t*>(job.out)[at] = narrow(value);
+    } else {
+      static_cast<float*>(job.out)[at] = value;
+    }
+  }
+};
+
+inline const uint8_t* activation(const Product& job, int64_t row) {
+  return job.x + (job.pick ? job.pick[row] : row) * job.x_bytes;
+}
+
+// ---------------------------------------------------------------- few rows
+
+constexpr int FEW = 2;  // rows of activations that are multiplied while the weight is read
+
+template <class Kind, class Row, int COLUMNS, int ROWS>
+inline void few(const Product& job, int64_t column, int64_t row) {
+  const int64_t inputs = job.weight->inputs, whole = inputs / STEP;
+  const uint8_t* x[ROWS];
+  for (int m = 0; m < ROWS; m++) x[m] = activation(job, row + m);
+  f32x16 acc[ROWS][COLUMNS] = {};
+  auto add = [&](int64_t i, int n, const u32x16* w) __attribute__((always_inline)) {
+    for (int v = 0; v < Kind::VECTORS; v++) {
+      for (int m = 0; m < ROWS; m++) {
+        u32x16 a = load<u32x16>(x[m] + (i * Kind::VECTORS + v) * 64);
+        acc[m][n] = Kind::add(acc[m][n], a, w[v]);
+      }
+    }
+  };
+  // All columns' readers advance together, which gives independent sums to work on.
+  Row rows[COLUMNS];
+  for (int n = 0; n < COLUMNS; n++) rows[n].start(*job.weight, column + n);
+  u32x16 w[Kind::VECTORS];
+  for (int64_t i = 0; i < whole; i++) {
+#pragma GCC unroll 8
+    for (int n = 0; n < COLUMNS; n++) {
+      read_step<Kind>(rows[n], i, (i + 1) * STEP, w);
+      add(i, n, w);
+    }
+  }
+  if (whole * STEP < inputs) {
+    for (int n = 0; n < COLUMNS; n++) {
+      read_step<Kind>(rows[n], whole, inputs, w);
+      add(whole, n, w);
+    }
+  }
+  for (int m = 0; m < ROWS; m++) {
+    for (int n = 0; n < COLUMNS; n++) {
+      Results{job}.put(row + m, column + n - job.first, sum(acc[m][n]));
+    }
+  }
+}
+
+template <class Kind, class Row, int ROWS>
+void few_rows(const Product& job, int64_t row) {
+  int64_t column = job.first, end = job.first + job.count;
+  for (; column + 4 <= end; column += 4) few<Kind, Row, 4, ROWS>(job, column, row);
+  for (; column < end; column++) few<Kind, Row, 1, ROWS>(job, column, row);
+}
+
+// ---------------------------------------------------------------- many rows
+
+constexpr int TILE = 16;         // columns unpacked at once
+constexpr int64_t DEPTH = 1024;  // bytes of a column's piece: with the activations it fits in L1
+constexpr int64_t MANY = 256;    // rows whose sums are kept between pieces
+
+#if DSV4_PAIRS || defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ACROSS = 4, DOWN = 4;  // sums kept in registers
+#else
+constexpr int ACROSS = 2, DOWN = 2;
+#endif
+
+// Adds `vectors` products to the sums [ROWS][TILE] of one group of rows.
+template <class Kind, int ROWS>
+inline void tile(const uint8_t* const* x, const uint8_t* w, int64_t w_bytes, int64_t vectors,
+                 bool fresh, f32x16* sums_of) {
+  for (int n = 0; n < TILE; n += ACROSS) {
+    f32x16 acc[ROWS][ACROSS];
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+      for (int c = 0; c < ACROSS; c++) acc[m][c] = fresh ? f32x16{} : sums_of[m * TILE + n + c];
+    const uint8_t* column = w + n * w_bytes;
+    for (int64_t v = 0; v < vectors; v++) {
+      u32x16 a[ROWS];
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) a[m] = load<u32x16>(x[m] + v * 64);
+#pragma GCC unroll 4
+      for (int c = 0; c < ACROSS; c++) {
+        u32x16 b = load<u32x16>(column + c * w_bytes + v * 64);
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; m++) acc[m][c] = Kind::add(acc[m][c], a[m], b);
+      }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+      for (int c = 0; c < ACROSS; c++) sums_of[m * TILE + n + c] = acc[m][c];
+  }
+}
+
+template <class Kind, class Row>
+void many_rows(const Product& job, int64_t first_row, int64_t rows, uint8_t* workspace) {
+  constexpr int64_t PIECE = DEPTH / 64 / Kind::VECTORS;  // steps of a piece
+  uint8_t* unpacked = workspace;
+  f32x16* kept = reinterpret_cast<f32x16*>(workspace + TILE * DEPTH);
+  const int64_t inputs = job.weight->inputs, all = steps(inputs);
+  for (int64_t column = 0; column < job.count; column += TILE) {
+    const int columns = (int)(job.count - column < TILE ? job.count - column : TILE);
+    for (int64_t begin = 0; begin < all; begin += PIECE) {
+      const int64_t end = begin + PIECE < all ? begin + PIECE : all;
+      for (int n = 0; n < columns; n++) {
+        Row row;
+        row.start(*job.weight, job.first + column + n);
+        u32x16* to = reinterpret_cast<u32x16*>(unpacked + n * DEPTH);
+        for (int64_t i = begin; i < end; i++, to += Kind::VECTORS) {
+          read_step<Kind>(row, i, inputs, to);
+        }
+      }
+      const int64_t vectors = (end - begin) * Kind::VECTORS;
+      const int64_t offset = begin * Kind::VECTORS * 64;
+      for (int64_t m = 0; m < rows; m += DOWN) {
+        const uint8_t* x[DOWN];
+        const int64_t here = rows - m < DOWN ? rows - m : DOWN;
+        for (int64_t j = 0; j < here; j++) x[j] = activation(job, first_row + m + j) + offset;
+        f32x16* sums_of = kept + m * TILE;
+        const bool fresh = begin == 0;
+        switch (here) {
+          case 1: tile<Kind, 1>(x, unpacked, DEPTH, vectors, fresh, sums_of); break;
+          case 2: tile<Kind, 2>(x, unpacked, DEPTH, vectors, fresh, sums_of); break;
+          case 3: tile<Kind, 3>(x, unpacked, DEPTH, vectors, fresh, sums_of); break;
+          default: tile<Kind, DOWN>(x, unpacked, DEPTH, vectors, fresh, sums_of);
+        }
+      }
+    }
+    for (int64_t m = 0; m < rows; m++) {
+      f32x16 row = sums(kept + m * TILE);
+      for (int n = 0; n < columns; n++) Results{job}.put(first_row + m, column + n, row[n]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- which of them
+
+template <class Kind, class Row>
+void multiply(const Product& job, uint8_t* workspace) {
+  if (job.rows <= FEW) {
+    job.rows == 1 ? few_rows<Kind, Row, 1>(job, 0) : few_rows<Kind, Row, 2>(job, 0);
+  } else {
+    for (int64_t row = 0; row < job.rows; row += MANY) {
+      many_rows<Kind, Row>(job, row, job.rows - row < MANY ? job.rows - row : MANY, workspace);
+    }
+  }
+}
+
+template <class Kind>
+void by_format(const Product& job, uint8_t* workspace) {
+  switch (job.weight->format) {
+    case Format::fp4: return multiply<Kind, Fp4Row>(job, workspace);
+    case Format::fp8: return multiply<Kind, Fp8Row>(job, workspace);
+    default: return multiply<Kind, Bf16Row>(job, workspace);
+  }
+}
+
+void product(const Product& job, uint8_t* workspace) {
+  FlushSubnormals guard;
+#if DSV4_PAIRS
+  if (job.pairs) return by_format<Pairs>(job, workspace);
+#endif
+  if (job.weight->format == Format::f32) return multiply<Singles, F32Row>(job, workspace);
+  by_format<Singles>(job, workspace);
+}
+
+static_assert(TILE * DEPTH + MANY * TILE * 64 <= dsv4::PRODUCT_WORKSPACE, "");
+
+}  // namespace
+
+extern const Isa isa;
+const Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange, product};
+
+}  // namespace DSV4_ISA
