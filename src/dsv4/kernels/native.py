@@ -20,6 +20,7 @@ from ..quant import E4M3, E8M0
 from . import _native, reference
 
 FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.float32: 3}
+KERNELS = ("linear", "grouped_linear", "head")  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
 
 

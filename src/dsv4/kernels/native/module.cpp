@@ -22,6 +22,8 @@ namespace dsv4 {
 DSV4_DECLARE(avx512_bf16)
 DSV4_DECLARE(avx512)
 DSV4_DECLARE(avx2)
+#elif defined(__aarch64__)
+DSV4_DECLARE(neon)
 #endif
 DSV4_DECLARE(portable)
 
@@ -33,6 +35,8 @@ namespace {
 const Isa* const ISAS[] = {
 #if defined(__x86_64__)
     &avx512_bf16::isa, &avx512::isa, &avx2::isa,
+#elif defined(__aarch64__)
+    &neon::isa,
 #endif
     &portable::isa};
 
