@@ -57,7 +57,7 @@ struct Isa {
 };
 
 inline int64_t arranged_bytes(int64_t inputs, bool pairs) {
-  return (inputs + 63) / 64 * 64 * (pairs ? 2 : 4);
+  return (inputs + 127) / 128 * 128 * (pairs ? 2 : 4);
 }
 
 

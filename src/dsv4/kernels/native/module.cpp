@@ -46,7 +46,9 @@ bool usable(const Isa* isa) {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_bf16") {
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  }
   if (name == "avx512") return avx512;
   if (name == "avx2") return avx2;
 #endif

@@ -1,8 +1,8 @@
 // Matrix products with weights as stored.
 //
-// Each result is sixteen partial sums, one per lane, over the inputs in order, then added by
-// halves. Few rows are multiplied while the weight is read; for many, a tile of the weight is
-// unpacked into the cache first. The order of every sum is the same either way.
+// Each result is sixteen sums, one per lane, of the steps of 128 inputs in order, which are added by
+// halves at the end. Few rows are multiplied while the weight is read; for many, a tile of the
+// weight is unpacked into the cache first. The order of every sum is the same either way.
 #include "kernels.h"
 #include "weights.h"
 
@@ -18,27 +18,33 @@ inline float as_float(const void* x, bool is_bf16, int64_t i) {
   return is_bf16 ? widen(static_cast<const uint16_t*>(x)[i]) : static_cast<const float*>(x)[i];
 }
 
-// Input of place p in a step of pairs: FP4 has the even inputs first.
-inline int place(Format format, int p) {
-  return format != Format::fp4 ? p : p < 32 ? 2 * p : 2 * (p - 32) + 1;
-}
+struct Order {  // of the inputs in an arranged step
+  uint8_t input[STEP];
+  constexpr Order(Format format, bool pairs) : input() {
+    for (int p = 0; p < STEP; p++) {
+      int word = p % 32;  // float32 vectors have the odd words of 32 first, then the even ones
+      if (!pairs) word = word < LANES ? 2 * word + 1 : 2 * (word - LANES);
+      input[p] = (uint8_t)(format == Format::f32 ? p : input_at(format, p / 32, word));
+    }
+  }
+};
+constexpr Order PAIRS_ORDER[] = {{Format::fp4, true}, {Format::fp8, true}, {Format::bf16, true}};
+constexpr Order SINGLES_ORDER[] = {
+    {Format::fp4, false}, {Format::fp8, false}, {Format::bf16, false}, {Format::f32, false}};
 
 void arrange(const void* from, bool is_bf16, int64_t inputs, Format format, bool pairs,
              uint8_t* to) {
-  int order[STEP];  // of the inputs in one arranged step
-  for (int p = 0; p < STEP; p++) {
-    // Singles have, for each 32 places, the odd ones first.
-    int single = p % 32 < 16 ? p / 32 * 32 + p % 16 * 2 + 1 : p / 32 * 32 + p % 16 * 2;
-    order[p] = format == Format::f32 ? p : place(format, pairs ? p : single);
-  }
-  for (int64_t i = 0; i < steps(inputs); i++) {
-    for (int p = 0; p < STEP; p++) {
-      int64_t k = i * STEP + order[p];
-      if (pairs) {
-        ((uint16_t*)to)[i * STEP + p] = k < inputs ? static_cast<const uint16_t*>(from)[k] : 0;
-      } else {
-        ((float*)to)[i * STEP + p] = k < inputs ? as_float(from, is_bf16, k) : 0.0f;
-      }
+  const uint8_t* input = (pairs ? PAIRS_ORDER : SINGLES_ORDER)[(int)format].input;
+  for (int64_t begin = 0; begin < inputs; begin += STEP) {
+    const int64_t left = inputs - begin < STEP ? inputs - begin : STEP;
+    if (pairs) {
+      uint16_t x[STEP] = {}, *out = reinterpret_cast<uint16_t*>(to) + begin;
+      std::memcpy(x, static_cast<const uint16_t*>(from) + begin, 2 * left);
+      for (int p = 0; p < STEP; p++) out[p] = x[input[p]];
+    } else {
+      float x[STEP] = {}, *out = reinterpret_cast<float*>(to) + begin;
+      for (int64_t k = 0; k < left; k++) x[k] = as_float(from, is_bf16, begin + k);
+      for (int p = 0; p < STEP; p++) out[p] = x[input[p]];
     }
   }
 }
@@ -66,40 +72,45 @@ inline const uint8_t* activation(const Product& job, int64_t row) {
 
 constexpr int FEW = 2;  // rows of activations that are multiplied while the weight is read
 
+// acc[m] += the products of step i with x[m].
+template <class Kind, int ROWS, class Row>
+inline void add_step(const Row& row, int64_t i, int64_t inputs, const uint8_t* const* x,
+                     f32x16* acc) {
+  u32x16 w[Kind::VECTORS];
+  read_step<Kind>(row, i, inputs, w);
+  for (int m = 0; m < ROWS; m++) {
+    f32x16 part = {};
+    for (int v = 0; v < Kind::VECTORS; v++) {
+      part = Kind::add(part, load<u32x16>(x[m] + (i * Kind::VECTORS + v) * 64), w[v]);
+    }
+    acc[m] = acc[m] + part;
+  }
+}
+
 template <class Kind, class Row, int COLUMNS, int ROWS>
 inline void few(const Product& job, int64_t column, int64_t row) {
   const int64_t inputs = job.weight->inputs, whole = inputs / STEP;
   const uint8_t* x[ROWS];
   for (int m = 0; m < ROWS; m++) x[m] = activation(job, row + m);
-  f32x16 acc[ROWS][COLUMNS] = {};
-  auto add = [&](int64_t i, int n, const u32x16* w) __attribute__((always_inline)) {
-    for (int v = 0; v < Kind::VECTORS; v++) {
-      for (int m = 0; m < ROWS; m++) {
-        u32x16 a = load<u32x16>(x[m] + (i * Kind::VECTORS + v) * 64);
-        acc[m][n] = Kind::add(acc[m][n], a, w[v]);
-      }
-    }
-  };
-  // All columns' readers advance together, which gives independent sums to work on.
+  f32x16 acc[COLUMNS][ROWS] = {};
   Row rows[COLUMNS];
   for (int n = 0; n < COLUMNS; n++) rows[n].start(*job.weight, column + n);
-  u32x16 w[Kind::VECTORS];
   for (int64_t i = 0; i < whole; i++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int n = 0; n < COLUMNS; n++) {
-      read_step<Kind>(rows[n], i, (i + 1) * STEP, w);
-      add(i, n, w);
+#if DSV4_PAIRS
+      if constexpr (Kind::VECTORS == Pairs::VECTORS) {
+        rows[n].template dot<ROWS>(i, x, acc[n]);
+        continue;
+      }
+#endif
+      add_step<Kind, ROWS>(rows[n], i, inputs, x, acc[n]);
     }
   }
-  if (whole * STEP < inputs) {
-    for (int n = 0; n < COLUMNS; n++) {
-      read_step<Kind>(rows[n], whole, inputs, w);
-      add(whole, n, w);
-    }
-  }
-  for (int m = 0; m < ROWS; m++) {
-    for (int n = 0; n < COLUMNS; n++) {
-      Results{job}.put(row + m, column + n - job.first, sum(acc[m][n]));
+  for (int n = 0; n < COLUMNS; n++) {
+    if (whole * STEP < inputs) add_step<Kind, ROWS>(rows[n], whole, inputs, x, acc[n]);
+    for (int m = 0; m < ROWS; m++) {
+      Results{job}.put(row + m, column + n - job.first, sum(acc[n][m]));
     }
   }
 }
@@ -123,32 +134,32 @@ constexpr int ACROSS = 4, DOWN = 4;  // sums kept in registers
 constexpr int ACROSS = 2, DOWN = 2;
 #endif
 
-// Adds `vectors` products to the sums [ROWS][TILE] of one group of rows.
+// Adds the products of `count` steps to the sums [ROWS][TILE] of one group of rows.
 template <class Kind, int ROWS>
-inline void tile(const uint8_t* const* x, const uint8_t* w, int64_t w_bytes, int64_t vectors,
-                 bool fresh, f32x16* sums_of) {
+inline void tile(const uint8_t* const* x, const uint8_t* w, int64_t count, f32x16* sums_of) {
   for (int n = 0; n < TILE; n += ACROSS) {
-    f32x16 acc[ROWS][ACROSS];
+    const uint8_t* column = w + n * DEPTH;
+    for (int64_t i = 0; i < count; i++) {
+      f32x16 part[ROWS][ACROSS] = {};
+#pragma GCC unroll 8
+      for (int64_t v = i * Kind::VECTORS; v < (i + 1) * Kind::VECTORS; v++) {
+        u32x16 a[ROWS];
 #pragma GCC unroll 4
-    for (int m = 0; m < ROWS; m++)
+        for (int m = 0; m < ROWS; m++) a[m] = load<u32x16>(x[m] + v * 64);
 #pragma GCC unroll 4
-      for (int c = 0; c < ACROSS; c++) acc[m][c] = fresh ? f32x16{} : sums_of[m * TILE + n + c];
-    const uint8_t* column = w + n * w_bytes;
-    for (int64_t v = 0; v < vectors; v++) {
-      u32x16 a[ROWS];
+        for (int c = 0; c < ACROSS; c++) {
+          u32x16 b = load<u32x16>(column + c * DEPTH + v * 64);
 #pragma GCC unroll 4
-      for (int m = 0; m < ROWS; m++) a[m] = load<u32x16>(x[m] + v * 64);
-#pragma GCC unroll 4
-      for (int c = 0; c < ACROSS; c++) {
-        u32x16 b = load<u32x16>(column + c * w_bytes + v * 64);
-#pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++) acc[m][c] = Kind::add(acc[m][c], a[m], b);
+          for (int m = 0; m < ROWS; m++) part[m][c] = Kind::add(part[m][c], a[m], b);
+        }
       }
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+        for (int c = 0; c < ACROSS; c++) {
+          sums_of[m * TILE + n + c] = sums_of[m * TILE + n + c] + part[m][c];
+        }
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < ROWS; m++)
-#pragma GCC unroll 4
-      for (int c = 0; c < ACROSS; c++) sums_of[m * TILE + n + c] = acc[m][c];
   }
 }
 
@@ -160,6 +171,7 @@ void many_rows(const Product& job, int64_t first_row, int64_t rows, uint8_t* wor
   const int64_t inputs = job.weight->inputs, all = steps(inputs);
   for (int64_t column = 0; column < job.count; column += TILE) {
     const int columns = (int)(job.count - column < TILE ? job.count - column : TILE);
+    std::memset(kept, 0, rows * TILE * sizeof(f32x16));
     for (int64_t begin = 0; begin < all; begin += PIECE) {
       const int64_t end = begin + PIECE < all ? begin + PIECE : all;
       for (int n = 0; n < columns; n++) {
@@ -170,19 +182,17 @@ void many_rows(const Product& job, int64_t first_row, int64_t rows, uint8_t* wor
           read_step<Kind>(row, i, inputs, to);
         }
       }
-      const int64_t vectors = (end - begin) * Kind::VECTORS;
       const int64_t offset = begin * Kind::VECTORS * 64;
       for (int64_t m = 0; m < rows; m += DOWN) {
         const uint8_t* x[DOWN];
         const int64_t here = rows - m < DOWN ? rows - m : DOWN;
         for (int64_t j = 0; j < here; j++) x[j] = activation(job, first_row + m + j) + offset;
         f32x16* sums_of = kept + m * TILE;
-        const bool fresh = begin == 0;
         switch (here) {
-          case 1: tile<Kind, 1>(x, unpacked, DEPTH, vectors, fresh, sums_of); break;
-          case 2: tile<Kind, 2>(x, unpacked, DEPTH, vectors, fresh, sums_of); break;
-          case 3: tile<Kind, 3>(x, unpacked, DEPTH, vectors, fresh, sums_of); break;
-          default: tile<Kind, DOWN>(x, unpacked, DEPTH, vectors, fresh, sums_of);
+          case 1: tile<Kind, 1>(x, unpacked, end - begin, sums_of); break;
+          case 2: tile<Kind, 2>(x, unpacked, end - begin, sums_of); break;
+          case 3: tile<Kind, 3>(x, unpacked, end - begin, sums_of); break;
+          default: tile<Kind, DOWN>(x, unpacked, end - begin, sums_of);
         }
       }
     }
