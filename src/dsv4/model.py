@@ -387,7 +387,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """Experts ``[N, K]`` and weights ``[N, K]`` (float32) of rows ``x [N, d]``."""
-        scores = nn.functional.linear(x.float(), self.weight.float())
+        scores = kernels.linear(x, self.weight, None, torch.float32)
         scores = nn.functional.softplus(scores).sqrt()
         if self.tid2eid is not None:
             chosen = self.tid2eid[ids]
@@ -447,11 +447,22 @@ class MoE(nn.Module):
         )
         width = c.moe_intermediate_size * c.n_shared_experts
         self.shared_experts = Expert(c, width, "fp8")
+        self._frozen: dict[Numerics, tuple[_Matrices, _Matrices, _Matrices]] = {}
+
+    def _matrices(self, nx: Numerics) -> tuple[_Matrices, _Matrices, _Matrices]:
+        """w1, w2, w3 of all experts; the same objects each time for weights that do not change."""
+        found = self._frozen.get(nx)
+        if found is None:
+            w1, w2, w3 = (_Matrices(self.experts, name, nx) for name in ("w1", "w2", "w3"))
+            found = w1, w2, w3
+            if not self.gate.weight.requires_grad:
+                self._frozen[nx] = found
+        return found
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         flat = x.flatten(0, 1)
         ids, weights = self.gate(flat, run.ids.flatten(), run)
-        w1, w2, w3 = (_Matrices(self.experts, name, run.nx) for name in ("w1", "w2", "w3"))
+        w1, w2, w3 = self._matrices(run.nx)
         xr = self.shared_experts.w1.rounded(flat, run.nx)  # all or no experts are quantised
         quantised = run.nx.official and self.shared_experts.w1.scale is not None
         y = kernels.routed_experts(
@@ -641,6 +652,9 @@ class Transformer(_Collapsing):
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(tensor(name), requires_grad=False)
             setattr(modules[owner], leaf, parameter)
+        for module in modules.values():
+            if isinstance(module, MoE):
+                module._frozen.clear()
 
     def init_weights(self, seed: int = 0, std: float | None = None) -> None:
         """Float32 masters for training, ready to learn; ``seed`` decides everything.

@@ -5,3 +5,12 @@ def linear(
     x: int, x_bf16: bool, rows: int, weight: int, scale: int, format: int, scale_bytes: int,
     outputs: int, inputs: int, groups: int, out: int, out_bf16: bool, threads: int, /,
 ) -> None: ...
+
+Address = tuple[int, int, int, int, int, int]
+
+class Experts:
+    def append(self, gate: Address, up: Address, down: Address, /) -> None: ...
+    def run(
+        self, x: int, x_bf16: bool, rows: int, ids: int, weights: int, k: int, limit: float,
+        fp8: bool, out: int, threads: int, /,
+    ) -> None: ...

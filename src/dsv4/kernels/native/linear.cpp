@@ -70,8 +70,8 @@ void run(const std::vector<Product>& products, int threads) {
   }
   const Isa* isa = current();
   auto one = [&](int64_t task) {
-    auto* space = static_cast<uint8_t*>(workspace(0, PRODUCT_WORKSPACE));
-    isa->product(part(tasks[task]), space);
+    static thread_local Array<uint8_t> space = make_array<uint8_t>(PRODUCT_WORKSPACE);
+    isa->multiply(part(tasks[task]), space.get());
   };
   parallel(threads, (int64_t)tasks.size(), one);
 }
@@ -81,10 +81,10 @@ void linear(const Rows& x, const Weight& weight, int groups, void* out, bool out
   const bool pairs = as_pairs(x.is_bf16, weight.format);
   const int64_t bytes = arranged_bytes(weight.inputs, pairs);
   const int64_t columns = weight.rows / groups;
-  auto* arranged = static_cast<uint8_t*>(workspace(1, groups * x.count * bytes));
+  auto arranged = make_array<uint8_t>(groups * x.count * bytes);
   std::vector<Product> products;
   for (int g = 0; g < groups; g++) {
-    uint8_t* mine = arranged + g * x.count * bytes;
+    uint8_t* mine = arranged.get() + g * x.count * bytes;
     Rows part = x;
     part.data = static_cast<const char*>(x.data) + g * weight.inputs * (x.is_bf16 ? 2 : 4);
     arrange_rows(part, weight.inputs, weight.format, pairs, mine, threads);

@@ -1,12 +1,15 @@
 // The Python module: addresses and sizes in, nothing about tensors. kernels/native.py is its user.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "experts.h"
 #include "linear.h"
 
 namespace nb = nanobind;
@@ -87,6 +90,28 @@ void linear_of(uintptr_t x, bool x_bf16, int64_t rows, uintptr_t weight, uintptr
   linear({at<void>(x), rows, groups * inputs, x_bf16}, w, groups, at<void>(out), out_bf16, threads);
 }
 
+// One expert's matrices: gate, up, down as (weight, scale, format, scale_bytes, outputs, inputs).
+using Address = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t>;
+
+struct Experts {
+  std::vector<Expert> all;
+
+  void append(Address gate, Address up, Address down) {
+    all.push_back({weight_of(gate), weight_of(up), weight_of(down)});
+  }
+
+  static Weight weight_of(const Address& a) {
+    auto [weight, scale, format, scale_bytes, outputs, inputs] = a;
+    return {at<uint8_t>(weight), at<uint8_t>(scale), outputs, inputs, (Format)format, scale_bytes};
+  }
+
+  void run(uintptr_t x, bool x_bf16, int64_t rows, uintptr_t ids, uintptr_t weights, int64_t k,
+           float limit, bool fp8, uintptr_t out, int threads) const {
+    routed_experts(all, {at<void>(x), rows, all[0].gate.inputs, x_bf16}, at<int64_t>(ids),
+                   at<float>(weights), k, limit, fp8, at<float>(out), threads);
+  }
+};
+
 }  // namespace
 
 const Isa* dsv4::current() { return chosen.load(std::memory_order_relaxed); }
@@ -97,4 +122,8 @@ NB_MODULE(_native, m) {
   m.def("isa", [] { return current()->name; }, "The one in use.");
   m.def("use", choose, "Use another, for all threads of the process.");
   m.def("linear", linear_of, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Experts>(m, "Experts")
+      .def(nb::init<>())
+      .def("append", &Experts::append)
+      .def("run", &Experts::run, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -4,66 +4,77 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
 namespace dsv4 {
 namespace {
 
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Waits until ready() is true: looks for about ten microseconds, which is what lies between the
+// steps of one kernel, and then sleeps until told.
+template <class Ready>
+void wait_for(const Ready& ready, std::mutex& mutex, std::condition_variable& changed) {
+  for (int i = 0; i < 500; i++) {
+    if (ready()) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex);
+  changed.wait(lock, ready);
+}
+
 class Pool {
  public:
   void run(int threads, int64_t tasks, Work work, void* context) {
     std::lock_guard<std::mutex> turn(turn_);
     while ((int)workers_.size() < threads - 1) {
-      workers_.emplace_back([this, seat = (int)workers_.size() + 1] { serve(seat); });
+      uint64_t seen = round_;
+      workers_.emplace_back(&Pool::serve, this, (int)workers_.size() + 1, seen);
       workers_.back().detach();
     }
+    work_ = work, context_ = context, tasks_ = tasks;
+    next_ = 0;
+    seats_ = threads;
+    busy_ = (int)workers_.size();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      work_ = work, context_ = context, tasks_ = tasks;
-      next_.store(0);
-      seats_ = threads;
-      busy_ = threads - 1;
       round_++;
     }
     wake_.notify_all();
     take();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
+    wait_for([this] { return busy_ == 0; }, mutex_, done_);
   }
 
  private:
-  void serve(int seat) {
-    uint64_t seen = 0;
-    for (;;) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return round_ != seen; });
-        seen = round_;
-        if (seat >= seats_) continue;
-      }
-      take();
+  void serve(int seat, uint64_t seen) {
+    for (;; seen++) {
+      wait_for([&] { return round_ != seen; }, mutex_, wake_);
+      if (seat < seats_) take();
       std::lock_guard<std::mutex> lock(mutex_);
       if (--busy_ == 0) done_.notify_one();
     }
   }
 
   void take() {
-    for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) work_(context_, task);
+    for (int64_t task; (task = next_++) < tasks_;) work_(context_, task);
   }
 
   std::mutex turn_, mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int> busy_{0};  // workers that have not seen the end of this round
   Work work_ = nullptr;
   void* context_ = nullptr;
   int64_t tasks_ = 0;
-  int seats_ = 0, busy_ = 0;
-  uint64_t round_ = 0;
+  int seats_ = 0;
 };
 
 // A child of fork() has the memory of the pool but not its threads, so it gets a pool of its own.
@@ -79,12 +90,6 @@ Pool& pool() {
   return *mine;
 }
 
-struct Kept {
-  void* data = nullptr;
-  int64_t bytes = 0;
-  ~Kept() { std::free(data); }
-};
-
 }  // namespace
 
 void parallel(int threads, int64_t tasks, Work work, void* context) {
@@ -94,21 +99,6 @@ void parallel(int threads, int64_t tasks, Work work, void* context) {
   } else {
     pool().run(threads, tasks, work, context);
   }
-}
-
-void* workspace(int slot, int64_t bytes) {
-  static thread_local Kept kept[8];
-  Kept& mine = kept[slot];
-  if (mine.bytes < bytes) {
-    std::free(mine.data);
-    mine.bytes = (bytes + 4095) / 4096 * 4096;
-    mine.data = std::aligned_alloc(64, mine.bytes);
-    if (mine.data == nullptr) {
-      mine.bytes = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return mine.data;
 }
 
 }  // namespace dsv4

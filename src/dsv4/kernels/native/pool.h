@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 namespace dsv4 {
 
@@ -18,8 +21,20 @@ void parallel(int threads, int64_t tasks, F& each) {
       threads, tasks, [](void* f, int64_t task) { (*static_cast<F*>(f))(task); }, &each);
 }
 
-// Memory of the calling thread, 64-byte aligned, at least `bytes` long and kept for the next call.
-// Slots are independent of each other; what they held is lost when a larger size is asked for.
-void* workspace(int slot, int64_t bytes);
+struct Free {
+  void operator()(void* data) const { std::free(data); }
+};
+
+// An array for vectors, not set to anything.
+template <class T>
+using Array = std::unique_ptr<T[], Free>;
+
+template <class T>
+Array<T> make_array(int64_t count) {
+  auto bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+  void* data = std::aligned_alloc(64, bytes > 0 ? bytes : 64);
+  if (data == nullptr) throw std::bad_alloc();
+  return Array<T>(static_cast<T*>(data));
+}
 
 }  // namespace dsv4

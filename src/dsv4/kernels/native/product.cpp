@@ -9,7 +9,6 @@
 namespace DSV4_ISA {
 namespace {
 
-using dsv4::Isa;
 using dsv4::Product;
 
 // ---------------------------------------------------------------- activations
@@ -32,6 +31,8 @@ constexpr Order PAIRS_ORDER[] = {{Format::fp4, true}, {Format::fp8, true}, {Form
 constexpr Order SINGLES_ORDER[] = {
     {Format::fp4, false}, {Format::fp8, false}, {Format::bf16, false}, {Format::f32, false}};
 
+}  // namespace
+
 void arrange(const void* from, bool is_bf16, int64_t inputs, Format format, bool pairs,
              uint8_t* to) {
   const uint8_t* input = (pairs ? PAIRS_ORDER : SINGLES_ORDER)[(int)format].input;
@@ -48,6 +49,8 @@ void arrange(const void* from, bool is_bf16, int64_t inputs, Format format, bool
     }
   }
 }
+
+namespace {
 
 // ---------------------------------------------------------------- results
 
@@ -206,7 +209,7 @@ void many_rows(const Product& job, int64_t first_row, int64_t rows, uint8_t* wor
 // ---------------------------------------------------------------- which of them
 
 template <class Kind, class Row>
-void multiply(const Product& job, uint8_t* workspace) {
+void by_rows(const Product& job, uint8_t* workspace) {
   if (job.rows <= FEW) {
     job.rows == 1 ? few_rows<Kind, Row, 1>(job, 0) : few_rows<Kind, Row, 2>(job, 0);
   } else {
@@ -219,26 +222,23 @@ void multiply(const Product& job, uint8_t* workspace) {
 template <class Kind>
 void by_format(const Product& job, uint8_t* workspace) {
   switch (job.weight->format) {
-    case Format::fp4: return multiply<Kind, Fp4Row>(job, workspace);
-    case Format::fp8: return multiply<Kind, Fp8Row>(job, workspace);
-    default: return multiply<Kind, Bf16Row>(job, workspace);
+    case Format::fp4: return by_rows<Kind, Fp4Row>(job, workspace);
+    case Format::fp8: return by_rows<Kind, Fp8Row>(job, workspace);
+    default: return by_rows<Kind, Bf16Row>(job, workspace);
   }
 }
 
-void product(const Product& job, uint8_t* workspace) {
+}  // namespace
+
+void multiply(const Product& job, uint8_t* workspace) {
   FlushSubnormals guard;
 #if DSV4_PAIRS
   if (job.pairs) return by_format<Pairs>(job, workspace);
 #endif
-  if (job.weight->format == Format::f32) return multiply<Singles, F32Row>(job, workspace);
+  if (job.weight->format == Format::f32) return by_rows<Singles, F32Row>(job, workspace);
   by_format<Singles>(job, workspace);
 }
 
 static_assert(TILE * DEPTH + MANY * TILE * 64 <= dsv4::PRODUCT_WORKSPACE, "");
-
-}  // namespace
-
-extern const Isa isa;
-const Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange, product};
 
 }  // namespace DSV4_ISA
