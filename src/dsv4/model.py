@@ -256,25 +256,21 @@ class Compressor(nn.Module):
     ) -> Tensor:
         """All entries ``[B, R, dim]`` after the tokens that ``project`` made ``kv, gate`` of."""
         nx, ratio = run.nx, self.ratio
-        # repeated, not indexed: the gradient of a repetition is summed in a fixed order
-        bias = wide(self.ape).roll(-run.start % ratio, 0)
-        bias = bias.repeat(-(-kv.shape[1] // ratio), 1)[: kv.shape[1]]
-        raw = torch.cat((wide(kv), wide(gate) + bias), -1)
-        if state is not None:
-            raw = state.pending(self.which, raw, ratio, self.overlap)
+        if state is None:
+            entries = kernels.compress(kv, gate, self.ape, ratio, self.overlap)
         else:
-            raw = raw[:, : raw.shape[1] // ratio * ratio]
-            if self.overlap:
-                raw = torch.cat((no_block_before(raw, ratio), raw), 1)
-        blocks = raw.shape[1] // ratio - self.overlap
+            bias = wide(self.ape).roll(-run.start % ratio, 0)
+            bias = bias.repeat(-(-kv.shape[1] // ratio), 1)[: kv.shape[1]]
+            raw = torch.cat((wide(kv), wide(gate) + bias), -1)
+            kv, gate = state.pending(self.which, raw, ratio, self.overlap).chunk(2, -1)
+            entries = kernels.pool(kv, gate, ratio, self.overlap)
+        blocks = entries.shape[1]
+        entries = entries.to(nx.dtype)
         if blocks > 0:
-            kv, gate = raw.chunk(2, -1)
-            entries = self.norm(kernels.pool(kv, gate, ratio, self.overlap).to(nx.dtype))
+            entries = self.norm(entries)
             first = run.start // ratio * ratio
             entries = kernels.rope(entries, run.rotation(True, first, blocks, ratio))
             entries = fp4_rotated(entries, nx) if self.rotate else kv_rounded(entries, run)
-        else:
-            entries = raw.new_zeros(raw.shape[0], 0, self.dim, dtype=nx.dtype)
         return entries if state is None else state.rows(self.which, entries)
 
 
@@ -434,7 +430,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """Experts ``[N, K]`` and weights ``[N, K]`` (float32) of rows ``x [N, d]``."""
-        scores = nn.functional.linear(wide(x), wide(self.weight))
+        high = torch.promote_types(x.dtype, torch.float32)
+        scores = kernels.linear(x, self.weight, None, high)
         scores = nn.functional.softplus(scores).sqrt()
         if self.tid2eid is not None:
             chosen = self.tid2eid[ids]
@@ -494,11 +491,22 @@ class MoE(nn.Module):
         )
         width = c.moe_intermediate_size * c.n_shared_experts
         self.shared_experts = Expert(c, width, "fp8")
+        self._frozen: dict[Numerics, tuple[_Matrices, _Matrices, _Matrices]] = {}
+
+    def _matrices(self, nx: Numerics) -> tuple[_Matrices, _Matrices, _Matrices]:
+        """w1, w2, w3 of all experts; the same objects each time for weights that do not change."""
+        found = self._frozen.get(nx)
+        if found is None:
+            w1, w2, w3 = (_Matrices(self.experts, name, nx) for name in ("w1", "w2", "w3"))
+            found = w1, w2, w3
+            if not self.gate.weight.requires_grad:
+                self._frozen[nx] = found
+        return found
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         flat = x.flatten(0, 1)
         ids, weights = self.gate(flat, run.ids.flatten(), run)
-        w1, w2, w3 = (_Matrices(self.experts, name, run.nx) for name in ("w1", "w2", "w3"))
+        w1, w2, w3 = self._matrices(run.nx)
         xr = self.shared_experts.w1.rounded(flat, run.nx)  # all or no experts are quantised
         quantised = run.nx.official and self.shared_experts.w1.scale is not None
         y = kernels.routed_experts(
@@ -713,6 +721,9 @@ class Transformer(_Collapsing):
             owner, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(tensor(name), requires_grad=False)
             setattr(modules[owner], leaf, parameter)
+        for module in modules.values():
+            if isinstance(module, MoE):
+                module._frozen.clear()
 
     def init_weights(self, seed: int = 0, std: float | None = None) -> None:
         """Float32 masters for training, ready to learn; ``seed`` decides everything.

@@ -1,14 +1,21 @@
 """The kernel table: the functions that V4's arithmetic is made of.
 
-Each is defined by its torch reference (``reference.py``); a faster version takes its place in
-this table and must agree with it. Nothing here knows a configuration or a model. Callers look a
-kernel up at each call (``kernels.linear(...)``), so the table can change at run time.
+Each is defined by its torch reference (``reference.py``). Where the package was built with a
+compiler, those in C++ (``native.py``) take their place, unless the environment variable
+DSV4_KERNELS is "reference"; ``NATIVE`` names their instruction set, or is None. Nothing here knows
+a configuration or a model. Callers look a kernel up at each call (``kernels.linear(...)``), so the
+table can change at run time.
 """
 
+import importlib
+import os
+
+from ..errors import ConfigError
 from .reference import (
     Mix,
     Stored,
     attention,
+    compress,
     grouped_linear,
     hc_collapse,
     hc_expand,
@@ -26,10 +33,44 @@ from .reference import (
     swiglu,
 )
 
+
+def _choose() -> str | None:
+    """Put the native kernels into the table; the instruction set they use, None if there are none.
+
+    Code without vectors of the processor's own is correct but slow, and is only used when asked
+    for (DSV4_KERNELS=native).
+    """
+    wanted = os.environ.get("DSV4_KERNELS", "")
+    if wanted not in ("", "native", "reference"):
+        raise ConfigError("DSV4_KERNELS", expected="native or reference", got=wanted)
+    if wanted == "reference":
+        return None
+    try:
+        native = importlib.import_module(".native", __name__)
+    except ImportError as error:
+        if wanted:
+            raise ConfigError(
+                "the native kernels are not built", got=error,
+                hint="pip install dsv4 again where there is a C++ compiler",
+            ) from error
+        return None
+    if native.isa() == "portable" and not wanted:
+        return None
+    training = importlib.import_module(".training", __name__)
+    for module in (native, training):
+        globals().update({name: getattr(module, name) for name in module.KERNELS})
+    isa: str = native.isa()
+    return isa
+
+
+NATIVE = _choose()
+
 __all__ = [
+    "NATIVE",
     "Mix",
     "Stored",
     "attention",
+    "compress",
     "grouped_linear",
     "hc_collapse",
     "hc_expand",

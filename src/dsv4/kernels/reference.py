@@ -150,13 +150,14 @@ def hc_split(logits: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float
     Source: report section 2.3 (the code's matrix is the report's, transposed): row softmax,
     columns, then ``iters - 1`` times rows and columns.
     """
-    pre, post, comb = _hc_gates(logits, scale, base, eps)
+    pre, post, comb = hc_gates(logits, scale, base, eps)
     return Mix(pre, post, sinkhorn(comb, iters, eps))
 
 
-def _hc_gates(
+def hc_gates(
     logits: Tensor, scale: Tensor, base: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """What mixing logits ``[..., (2 + h) h]`` decide, before Sinkhorn: pre, post and comb."""
     h = int((1 + logits.shape[-1]) ** 0.5) - 1
     pre, post, comb = logits.split_with_sizes((h, h, h * h), -1)
     pre_base, post_base, comb_base = base.split_with_sizes((h, h, h * h))
@@ -171,7 +172,7 @@ def hc_read(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A site's input ``[..., d]`` and its post and comb gates (comb before Sinkhorn)."""
-    pre, post, comb = _hc_gates(hc_logits(streams, fn, norm_eps), scale, base, eps)
+    pre, post, comb = hc_gates(hc_logits(streams, fn, norm_eps), scale, base, eps)
     return hc_collapse(streams, pre, dtype), post, comb
 
 
@@ -261,6 +262,23 @@ def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:
         kv = torch.cat((kv[:, :-1, :, :dim], kv[:, 1:, :, dim:]), 2)
         gate = torch.cat((gate[:, :-1, :, :dim], gate[:, 1:, :, dim:]), 2)
     return (kv * gate.softmax(2)).sum(2)
+
+
+def compress(kv: Tensor, gate: Tensor, bias: Tensor, ratio: int, overlap: bool) -> Tensor:
+    """All entries ``[B, T // ratio, D]`` of whole sequences.
+
+    ``kv, gate [B, T, W]`` and the positional ``bias [ratio, W]`` of the gate's logits, W being
+    D, or 2 D with ``overlap``; see ``pool``. A tail shorter than ``ratio`` is left out. Rounded
+    to ``kv``'s dtype once.
+    """
+    dtype, count = kv.dtype, kv.shape[1] // ratio
+    kv, gate = wide(kv[:, : count * ratio]), wide(gate[:, : count * ratio])
+    # repeated, not indexed: the gradient of a repetition is summed in a fixed order
+    gate = gate + wide(bias).repeat(count, 1)
+    if overlap:
+        kv = F.pad(kv, (0, 0, ratio, 0))
+        gate = F.pad(gate, (0, 0, ratio, 0), value=-torch.inf)
+    return pool(kv, gate, ratio, overlap).to(dtype)
 
 
 def visible_rows(start: int, count: int, ratio: int, device: torch.device) -> Tensor:

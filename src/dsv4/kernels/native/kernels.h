@@ -1,0 +1,77 @@
+// What the sources compiled once per instruction set share with those compiled once.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+enum class Format : int { fp4, fp8, bf16, f32 };
+
+// A matrix [rows, inputs] as stored. FP4: two codes a byte, scales [rows, inputs / 32]. FP8: scales
+// [ceil(rows / 128), ceil(inputs / 128)]. A scale takes scale_bytes: 1 (E8M0), or 4 (a float32
+// that is a power of two).
+struct Weight {
+  const uint8_t* data;
+  const uint8_t* scale;
+  int64_t rows, inputs;
+  Format format;
+  int scale_bytes;
+};
+
+// Activations [count, inputs], `stride` elements from row to row.
+struct Rows {
+  const void* data;
+  int64_t count, stride;
+  bool is_bf16;
+};
+
+// Arranged activations times rows `first` .. `first + count` of a weight.
+// Row i of the result is written to out + i * out_stride, and is that of activation pick[i], or
+// i where pick is null.
+struct Product {
+  const Weight* weight;
+  int64_t first, count;
+  const uint8_t* x;
+  int64_t x_bytes;  // of one arranged row
+  bool pairs;       // how x is arranged
+  const int64_t* pick;
+  int64_t rows;
+  void* out;
+  int64_t out_stride;
+  bool out_bf16;
+};
+
+constexpr int64_t PRODUCT_WORKSPACE = 512 << 10;  // bytes that Multiply needs
+
+// One row of activations in the order in which weights of `format` are read, filled up with zeros
+// to arranged_bytes(). As pairs of bfloat16, or as float32.
+using Arrange = void(const void* from, bool is_bf16, int64_t inputs, Format format, bool pairs,
+                     uint8_t* to);
+
+// A result depends on its two rows only: not on how many rows there are, or where they are.
+using Multiply = void(const Product& job, uint8_t* workspace);
+
+// out = weight * silu(min(gate, limit)) * clamp(up, -limit, limit), rounded to the rows' type and
+// then, if asked, to FP8 per 128. The width is a multiple of 128; a limit of 0 is none.
+using Swiglu = void(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
+                    float limit, bool fp8, void* out);
+
+// out [width] = the sum of rows, in their order. The width is a multiple of 16.
+using Add = void(const void* const* rows, int64_t count, bool is_bf16, int64_t width, float* out);
+
+// The kernels of one instruction set. All of them give the same bits.
+struct Isa {
+  const char* name;
+  bool has_pairs;  // multiplies bfloat16 in hardware: bfloat16 activations stay pairs
+  Arrange* arrange;
+  Multiply* multiply;
+  Swiglu* swiglu;
+  Add* add;
+  const struct Training* training;
+};
+
+inline int64_t arranged_bytes(int64_t inputs, bool pairs) {
+  return (inputs + 127) / 128 * 128 * (pairs ? 2 : 4);
+}
+
+}  // namespace dsv4

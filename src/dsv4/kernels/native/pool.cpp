@@ -1,0 +1,104 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace dsv4 {
+namespace {
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Waits until ready() is true: looks for about ten microseconds, which is what lies between the
+// steps of one kernel, and then sleeps until told.
+template <class Ready>
+void wait_for(const Ready& ready, std::mutex& mutex, std::condition_variable& changed) {
+  for (int i = 0; i < 500; i++) {
+    if (ready()) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex);
+  changed.wait(lock, ready);
+}
+
+class Pool {
+ public:
+  void run(int threads, int64_t tasks, Work work, void* context) {
+    std::lock_guard<std::mutex> turn(turn_);
+    while ((int)workers_.size() < threads - 1) {
+      uint64_t seen = round_;
+      workers_.emplace_back(&Pool::serve, this, (int)workers_.size() + 1, seen);
+      workers_.back().detach();
+    }
+    work_ = work, context_ = context, tasks_ = tasks;
+    next_ = 0;
+    seats_ = threads;
+    busy_ = (int)workers_.size();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      round_++;
+    }
+    wake_.notify_all();
+    take();
+    wait_for([this] { return busy_ == 0; }, mutex_, done_);
+  }
+
+ private:
+  void serve(int seat, uint64_t seen) {
+    for (;; seen++) {
+      wait_for([&] { return round_ != seen; }, mutex_, wake_);
+      if (seat < seats_) take();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  void take() {
+    for (int64_t task; (task = next_++) < tasks_;) work_(context_, task);
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int> busy_{0};  // workers that have not seen the end of this round
+  Work work_ = nullptr;
+  void* context_ = nullptr;
+  int64_t tasks_ = 0;
+  int seats_ = 0;
+};
+
+// A child of fork() has the memory of the pool but not its threads, so it gets a pool of its own.
+Pool& pool() {
+  static std::mutex guard;
+  static Pool* mine = nullptr;
+  static pid_t owner = 0;
+  std::lock_guard<std::mutex> lock(guard);
+  if (owner != getpid()) {
+    mine = new Pool;  // never destroyed: its threads may outlive static objects
+    owner = getpid();
+  }
+  return *mine;
+}
+
+}  // namespace
+
+void parallel(int threads, int64_t tasks, Work work, void* context) {
+  if (threads > tasks) threads = (int)tasks;
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; task++) work(context, task);
+  } else {
+    pool().run(threads, tasks, work, context);
+  }
+}
+
+}  // namespace dsv4

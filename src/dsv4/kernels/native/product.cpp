@@ -1,0 +1,244 @@
+// Matrix products with weights as stored.
+//
+// Each result is sixteen sums, one per lane, of the steps of 128 inputs in order, which are added by
+// halves at the end. Few rows are multiplied while the weight is read; for many, a tile of the
+// weight is unpacked into the cache first. The order of every sum is the same either way.
+#include "kernels.h"
+#include "weights.h"
+
+namespace DSV4_ISA {
+namespace {
+
+using dsv4::Product;
+
+// ---------------------------------------------------------------- activations
+
+inline float as_float(const void* x, bool is_bf16, int64_t i) {
+  return is_bf16 ? widen(static_cast<const uint16_t*>(x)[i]) : static_cast<const float*>(x)[i];
+}
+
+struct Order {  // of the inputs in an arranged step
+  uint8_t input[STEP];
+  constexpr Order(Format format, bool pairs) : input() {
+    for (int p = 0; p < STEP; p++) {
+      int word = p % 32;  // float32 vectors have the odd words of 32 first, then the even ones
+      if (!pairs) word = word < LANES ? 2 * word + 1 : 2 * (word - LANES);
+      input[p] = (uint8_t)(format == Format::f32 ? p : input_at(format, p / 32, word));
+    }
+  }
+};
+constexpr Order PAIRS_ORDER[] = {{Format::fp4, true}, {Format::fp8, true}, {Format::bf16, true}};
+constexpr Order SINGLES_ORDER[] = {
+    {Format::fp4, false}, {Format::fp8, false}, {Format::bf16, false}, {Format::f32, false}};
+
+}  // namespace
+
+void arrange(const void* from, bool is_bf16, int64_t inputs, Format format, bool pairs,
+             uint8_t* to) {
+  const uint8_t* input = (pairs ? PAIRS_ORDER : SINGLES_ORDER)[(int)format].input;
+  for (int64_t begin = 0; begin < inputs; begin += STEP) {
+    const int64_t left = inputs - begin < STEP ? inputs - begin : STEP;
+    if (pairs) {
+      uint16_t x[STEP] = {}, *out = reinterpret_cast<uint16_t*>(to) + begin;
+      std::memcpy(x, static_cast<const uint16_t*>(from) + begin, 2 * left);
+      for (int p = 0; p < STEP; p++) out[p] = x[input[p]];
+    } else {
+      float x[STEP] = {}, *out = reinterpret_cast<float*>(to) + begin;
+      for (int64_t k = 0; k < left; k++) x[k] = as_float(from, is_bf16, begin + k);
+      for (int p = 0; p < STEP; p++) out[p] = x[input[p]];
+    }
+  }
+}
+
+namespace {
+
+// ---------------------------------------------------------------- results
+
+struct Results {
+  const Product& job;
+
+  void put(int64_t row, int64_t column, float value) const {
+    int64_t at = row * job.out_stride + column;
+    if (job.out_bf16) {
+      static_cast<uint16_t*>(job.out)[at] = narrow(value);
+    } else {
+      static_cast<float*>(job.out)[at] = value;
+    }
+  }
+};
+
+inline const uint8_t* activation(const Product& job, int64_t row) {
+  return job.x + (job.pick ? job.pick[row] : row) * job.x_bytes;
+}
+
+// ---------------------------------------------------------------- few rows
+
+constexpr int FEW = 2;  // rows of activations that are multiplied while the weight is read
+
+// acc[m] += the products of step i with x[m].
+template <class Kind, int ROWS, class Row>
+inline void add_step(const Row& row, int64_t i, int64_t inputs, const uint8_t* const* x,
+                     f32x16* acc) {
+  u32x16 w[Kind::VECTORS];
+  read_step<Kind>(row, i, inputs, w);
+  for (int m = 0; m < ROWS; m++) {
+    f32x16 part = {};
+    for (int v = 0; v < Kind::VECTORS; v++) {
+      part = Kind::add(part, load<u32x16>(x[m] + (i * Kind::VECTORS + v) * 64), w[v]);
+    }
+    acc[m] = acc[m] + part;
+  }
+}
+
+template <class Kind, class Row, int COLUMNS, int ROWS>
+inline void few(const Product& job, int64_t column, int64_t row) {
+  const int64_t inputs = job.weight->inputs, whole = inputs / STEP;
+  const uint8_t* x[ROWS];
+  for (int m = 0; m < ROWS; m++) x[m] = activation(job, row + m);
+  f32x16 acc[COLUMNS][ROWS] = {};
+  Row rows[COLUMNS];
+  for (int n = 0; n < COLUMNS; n++) rows[n].start(*job.weight, column + n);
+  for (int64_t i = 0; i < whole; i++) {
+#pragma GCC unroll 4
+    for (int n = 0; n < COLUMNS; n++) {
+#if DSV4_PAIRS
+      if constexpr (Kind::VECTORS == Pairs::VECTORS) {
+        rows[n].template dot<ROWS>(i, x, acc[n]);
+        continue;
+      }
+#endif
+      add_step<Kind, ROWS>(rows[n], i, inputs, x, acc[n]);
+    }
+  }
+  for (int n = 0; n < COLUMNS; n++) {
+    if (whole * STEP < inputs) add_step<Kind, ROWS>(rows[n], whole, inputs, x, acc[n]);
+    for (int m = 0; m < ROWS; m++) {
+      Results{job}.put(row + m, column + n - job.first, sum(acc[n][m]));
+    }
+  }
+}
+
+template <class Kind, class Row, int ROWS>
+void few_rows(const Product& job, int64_t row) {
+  int64_t column = job.first, end = job.first + job.count;
+  for (; column + 4 <= end; column += 4) few<Kind, Row, 4, ROWS>(job, column, row);
+  for (; column < end; column++) few<Kind, Row, 1, ROWS>(job, column, row);
+}
+
+// ---------------------------------------------------------------- many rows
+
+constexpr int TILE = 16;         // columns unpacked at once
+constexpr int64_t DEPTH = 1024;  // bytes of a column's piece: with the activations it fits in L1
+constexpr int64_t MANY = 256;    // rows whose sums are kept between pieces
+
+#if DSV4_PAIRS || defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ACROSS = 4, DOWN = 4;  // sums kept in registers
+#else
+constexpr int ACROSS = 2, DOWN = 2;
+#endif
+
+// Adds the products of `count` steps to the sums [ROWS][TILE] of one group of rows.
+template <class Kind, int ROWS>
+inline void tile(const uint8_t* const* x, const uint8_t* w, int64_t count, f32x16* sums_of) {
+  for (int n = 0; n < TILE; n += ACROSS) {
+    const uint8_t* column = w + n * DEPTH;
+    for (int64_t i = 0; i < count; i++) {
+      f32x16 part[ROWS][ACROSS] = {};
+#pragma GCC unroll 8
+      for (int64_t v = i * Kind::VECTORS; v < (i + 1) * Kind::VECTORS; v++) {
+        u32x16 a[ROWS];
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; m++) a[m] = load<u32x16>(x[m] + v * 64);
+#pragma GCC unroll 4
+        for (int c = 0; c < ACROSS; c++) {
+          u32x16 b = load<u32x16>(column + c * DEPTH + v * 64);
+#pragma GCC unroll 4
+          for (int m = 0; m < ROWS; m++) part[m][c] = Kind::add(part[m][c], a[m], b);
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+        for (int c = 0; c < ACROSS; c++) {
+          sums_of[m * TILE + n + c] = sums_of[m * TILE + n + c] + part[m][c];
+        }
+    }
+  }
+}
+
+template <class Kind, class Row>
+void many_rows(const Product& job, int64_t first_row, int64_t rows, uint8_t* workspace) {
+  constexpr int64_t PIECE = DEPTH / 64 / Kind::VECTORS;  // steps of a piece
+  uint8_t* unpacked = workspace;
+  f32x16* kept = reinterpret_cast<f32x16*>(workspace + TILE * DEPTH);
+  const int64_t inputs = job.weight->inputs, all = steps(inputs);
+  for (int64_t column = 0; column < job.count; column += TILE) {
+    const int columns = (int)(job.count - column < TILE ? job.count - column : TILE);
+    std::memset(kept, 0, rows * TILE * sizeof(f32x16));
+    for (int64_t begin = 0; begin < all; begin += PIECE) {
+      const int64_t end = begin + PIECE < all ? begin + PIECE : all;
+      for (int n = 0; n < columns; n++) {
+        Row row;
+        row.start(*job.weight, job.first + column + n);
+        u32x16* to = reinterpret_cast<u32x16*>(unpacked + n * DEPTH);
+        for (int64_t i = begin; i < end; i++, to += Kind::VECTORS) {
+          read_step<Kind>(row, i, inputs, to);
+        }
+      }
+      const int64_t offset = begin * Kind::VECTORS * 64;
+      for (int64_t m = 0; m < rows; m += DOWN) {
+        const uint8_t* x[DOWN];
+        const int64_t here = rows - m < DOWN ? rows - m : DOWN;
+        for (int64_t j = 0; j < here; j++) x[j] = activation(job, first_row + m + j) + offset;
+        f32x16* sums_of = kept + m * TILE;
+        switch (here) {
+          case 1: tile<Kind, 1>(x, unpacked, end - begin, sums_of); break;
+          case 2: tile<Kind, 2>(x, unpacked, end - begin, sums_of); break;
+          case 3: tile<Kind, 3>(x, unpacked, end - begin, sums_of); break;
+          default: tile<Kind, DOWN>(x, unpacked, end - begin, sums_of);
+        }
+      }
+    }
+    for (int64_t m = 0; m < rows; m++) {
+      f32x16 row = sums(kept + m * TILE);
+      for (int n = 0; n < columns; n++) Results{job}.put(first_row + m, column + n, row[n]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- which of them
+
+template <class Kind, class Row>
+void by_rows(const Product& job, uint8_t* workspace) {
+  if (job.rows <= FEW) {
+    job.rows == 1 ? few_rows<Kind, Row, 1>(job, 0) : few_rows<Kind, Row, 2>(job, 0);
+  } else {
+    for (int64_t row = 0; row < job.rows; row += MANY) {
+      many_rows<Kind, Row>(job, row, job.rows - row < MANY ? job.rows - row : MANY, workspace);
+    }
+  }
+}
+
+template <class Kind>
+void by_format(const Product& job, uint8_t* workspace) {
+  switch (job.weight->format) {
+    case Format::fp4: return by_rows<Kind, Fp4Row>(job, workspace);
+    case Format::fp8: return by_rows<Kind, Fp8Row>(job, workspace);
+    default: return by_rows<Kind, Bf16Row>(job, workspace);
+  }
+}
+
+}  // namespace
+
+void multiply(const Product& job, uint8_t* workspace) {
+  FlushSubnormals guard;
+#if DSV4_PAIRS
+  if (job.pairs) return by_format<Pairs>(job, workspace);
+#endif
+  if (job.weight->format == Format::f32) return by_rows<Singles, F32Row>(job, workspace);
+  by_format<Singles>(job, workspace);
+}
+
+static_assert(TILE * DEPTH + MANY * TILE * 64 <= dsv4::PRODUCT_WORKSPACE, "");
+
+}  // namespace DSV4_ISA

@@ -1,0 +1,43 @@
+// What training computes between the matrix products, with gradients. Tensors are bfloat16 or
+// float32 (is_bf16); gates and their gradients are float32. Nothing here promises the same bits on
+// every instruction set, only the same for any number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+constexpr int STREAMS = 4;
+
+// Rows of ratio (or, with overlap, 2 * ratio) positions pooled to one entry of `dim` channels.
+// kv, gate: [positions, wide], bias: [ratio, wide]; wide is dim, or 2 * dim with overlap: an entry
+// takes the first half of the channels from the block before and the second from its own.
+struct Pooling {
+  const void *kv, *gate;
+  const float* bias;
+  bool is_bf16, overlap;
+  int64_t ratio, dim;
+};
+
+struct Training {
+  // x [d] = sum_i pre[i] * streams[i]; streams [STREAMS, d]
+  void (*collapse)(const void* streams, bool is_bf16, int64_t d, const float* pre, void* x);
+  // dpre[i] = dx . streams[i]
+  void (*dots)(const void* streams, const void* dx, bool is_bf16, int64_t d, float* dpre);
+  // dstreams[i] += pre[i] * dx + factor * streams[i]
+  void (*collapse_back)(const void* streams, const void* dx, bool is_bf16, int64_t d,
+                        const float* pre, float factor, void* dstreams);
+  // the sum of the squares of all streams
+  float (*squares)(const void* streams, bool is_bf16, int64_t d);
+  // fresh[j] = post[j] * out + sum_i comb[i, j] * streams[i]
+  void (*expand)(const void* out, const void* streams, bool is_bf16, int64_t d, const float* post,
+                 const float* comb, void* fresh);
+  void (*expand_back)(const void* grad, const void* out, const void* streams, bool is_bf16,
+                      int64_t d, const float* post, const float* comb, void* dout, void* dstreams,
+                      float* dpost, float* dcomb);
+  // Entry `block` of a sequence that starts at p.kv.
+  void (*pool)(const Pooling& p, int64_t block, void* out);
+  void (*pool_back)(const Pooling& p, int64_t block, const void* grad, void* dkv, void* dgate);
+};
+
+}  // namespace dsv4

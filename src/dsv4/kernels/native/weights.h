@@ -1,0 +1,299 @@
+// Stored weights, and how each format becomes vectors of pairs of bfloat16.
+//
+// A row is read 128 inputs at a time, as four vectors of 32 bfloat16. Which input is where in them
+// is the format's choice: whatever unpacks fastest. Activations are arranged alike (`input_at`).
+// All values are exact: four significant bits times a power of two fit in a bfloat16.
+#pragma once
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace DSV4_ISA {
+namespace {
+
+using dsv4::Format;
+using dsv4::Weight;
+
+constexpr int STEP = 128;  // inputs read at once
+
+struct Step {
+  u32x16 v[4];
+};
+
+inline int64_t steps(int64_t inputs) { return (inputs + STEP - 1) / STEP; }
+
+inline int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+// The input that is word w of vector v of a step.
+constexpr int input_at(Format format, int v, int w) {
+  switch (format) {
+    case Format::fp4: return 4 * w + v;
+    case Format::fp8: return 64 * (v / 2) + w / 8 * 16 + v % 2 * 8 + w % 8;
+    default: return 32 * v + w;
+  }
+}
+
+// Adds `shift` to the exponents of bfloat16 values that are not zero.
+inline u32x16 scaled(u32x16 pairs, u16x32 shift) {
+  u16x32 words = (u16x32)pairs;
+  return (u32x16)(words + (shift & (u16x32)((words & 0x7FFF) != 0)));
+}
+
+// Every row type has
+//   start(weight, row)      begin to read a row
+//   step(i)                 inputs 128 i .. 128 i + 127, with their scale
+//   rest(i, inputs)         the same where only the first `inputs` of them exist; zeros follow
+// and, with PAIRS,
+//   dot<ROWS>(i, x, acc)    acc[m] += the products of step i with the arranged activations x[m]
+// where a step's products are summed first, and then added to acc. To multiply that sum by the
+// scale is the same as to multiply the weights by it, as long as nothing over- or underflows.
+
+// ---------------------------------------------------------------- FP4
+//
+// Two codes a byte, a scale for every 32 inputs, taken to be within 2^-125 .. 2^125.
+
+struct Fp4Row {
+  const uint8_t *codes, *scales;
+
+  void start(const Weight& w, int64_t row) {
+    codes = w.data + row * (w.inputs / 2);
+    scales = w.scale + row * (w.inputs / 32);
+  }
+
+  Step step(int64_t i) const { return unpack(codes + 64 * i, scales + 4 * i); }
+
+  Step rest(int64_t i, int64_t inputs) const {
+    uint8_t padded[64] = {}, scale[4] = {};
+    std::memcpy(padded, codes + 64 * i, inputs / 2);
+    std::memcpy(scale, scales + 4 * i, inputs / 32);
+    return unpack(padded, scale);
+  }
+
+  static Step unpack(const uint8_t* from, const uint8_t* scale) {
+    u16x32 shift;  // each scale for eight words
+    for (int block = 0; block < 4; block++) {
+      uint16_t one = (uint16_t)((clamp(scale[block], 2, 252) - 127) << 7);
+      for (int w = 0; w < 8; w++) shift[8 * block + w] = one;
+    }
+    u16x32 four = load<u16x32>(from);
+    Step out;
+    for (int v = 0; v < 4; v++) out.v[v] = scaled(values(four >> 4 * v), shift);
+    return out;
+  }
+
+  // The values of the codes in the lowest four bits of each word.
+  static u32x16 values(u16x32 code) {
+#if DSV4_PAIRS
+    return (u32x16)_mm512_permutexvar_epi16((__m512i)code, table());
+#else
+    u16x32 magnitude = code & 7;
+    u16x32 bits = (magnitude << 6) + 0x3F00 - ((u16x32)(magnitude == 1) & 0x40);
+    return (u32x16)((bits & (u16x32)(magnitude != 0)) | (code & 8) << 12);
+#endif
+  }
+
+#if DSV4_PAIRS
+  // The sixteen values, twice: the lookup takes five bits.
+  static __m512i table() {
+    const __m256i once = _mm256_set_epi16(-0x3F40, -0x3F80, -0x3FC0, -0x4000, -0x4040, -0x4080,
+                                          -0x4100, -0x8000, 0x40C0, 0x4080, 0x4040, 0x4000, 0x3FC0,
+                                          0x3F80, 0x3F00, 0);
+    return _mm512_broadcast_i64x4(once);
+  }
+
+  template <int ROWS>
+  void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
+    const __m512i spread = _mm512_set_epi8(
+        3, -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 2, -1, -1, -1, 2, -1, -1, -1, 2,
+        -1, -1, -1, 2, -1, -1, -1, 1, -1, -1, -1, 1, -1, -1, -1, 1, -1, -1, -1, 1, -1, -1, -1, 0,
+        -1, -1, -1, 0, -1, -1, -1, 0, -1, -1, -1, 0, -1, -1, -1);
+    __m512i bytes = _mm512_set1_epi32(load<int32_t>(scales + 4 * i));
+    f32x16 scale = (f32x16)_mm512_srli_epi32(_mm512_shuffle_epi8(bytes, spread), 1);
+    u16x32 four = load<u16x32>(codes + 64 * i);
+    u32x16 w[4] = {values(four), values(four >> 4), values(four >> 8), values(four >> 12)};
+    for (int m = 0; m < ROWS; m++) {
+      f32x16 part = {};
+      for (int v = 0; v < 4; v++) {
+        part = dot_pairs(part, load<u32x16>(x[m] + 256 * i + 64 * v), w[v]);
+      }
+      acc[m] = fma(part, scale, acc[m]);
+    }
+  }
+#endif
+};
+
+// ---------------------------------------------------------------- FP8 E4M3
+//
+// One scale for 128 x 128, taken to be within 2^-117 .. 2^119.
+
+constexpr uint16_t e4m3(int code) {  // code 0 .. 127 as bfloat16
+  int e = code >> 3, m = code & 7;
+  if (e > 0) return (uint16_t)((e + 120) << 7 | m << 4);
+  return (uint16_t)(m >= 4 ? 120 << 7 | (m - 4) << 5 : m >= 2 ? 119 << 7 | (m - 2) << 6 : m * 118 << 7);
+}
+
+struct E4m3Table {
+  uint8_t low[128], high[128];
+  constexpr E4m3Table() : low(), high() {
+    for (int i = 0; i < 128; i++) low[i] = e4m3(i) & 0xFF, high[i] = e4m3(i) >> 8;
+  }
+};
+alignas(64) constexpr E4m3Table E4M3;
+
+struct Fp8Row {
+  const uint8_t *codes, *scales;
+  int scale_bytes;
+
+  void start(const Weight& w, int64_t row) {
+    codes = w.data + row * w.inputs;
+    scales = w.scale + row / 128 * ((w.inputs + 127) / 128) * w.scale_bytes;
+    scale_bytes = w.scale_bytes;
+  }
+
+  Step step(int64_t i) const { return unpack(codes + 128 * i, exponent(i)); }
+
+  Step rest(int64_t i, int64_t inputs) const {
+    uint8_t padded[128] = {};
+    std::memcpy(padded, codes + 128 * i, inputs);
+    return unpack(padded, exponent(i));
+  }
+
+  // The biased exponent of the scale of step i: E8M0, or the same bits of a float32.
+  int exponent(int64_t i) const {
+    return scale_bytes == 1 ? scales[i] : (int)(load<uint32_t>(scales + 4 * i) >> 23);
+  }
+
+  static Step unpack(const uint8_t* from, int exponent) {
+    u16x32 shift = (uint16_t)((clamp(exponent, 10, 246) - 127) << 7) - u16x32{};
+    Step out = values(from);
+    for (int v = 0; v < 4; v++) out.v[v] = scaled(out.v[v], shift);
+    return out;
+  }
+
+  static Step values(const uint8_t* from) {
+    Step out;
+    for (int half = 0; half < 2; half++) {
+#if DSV4_PAIRS
+      __m512i code = _mm512_loadu_si512(from + 64 * half);
+      __m512i low = lookup(E4M3.low, code), high = lookup(E4M3.high, code);
+      high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // a | (b & c)
+      out.v[2 * half] = (u32x16)_mm512_unpacklo_epi8(low, high);
+      out.v[2 * half + 1] = (u32x16)_mm512_unpackhi_epi8(low, high);
+#else
+      for (int part = 0; part < 2; part++) {
+        uint8_t bytes[32];
+        for (int b = 0; b < 4; b++) std::memcpy(bytes + 8 * b, from + 64 * half + 16 * b + 8 * part, 8);
+        out.v[2 * half + part] = (u32x16)words(__builtin_convertvector(load<u8x32>(bytes), u16x32));
+      }
+#endif
+    }
+    return out;
+  }
+
+#if DSV4_PAIRS
+  static __m512i lookup(const uint8_t* table, __m512i code) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
+  }
+
+  template <int ROWS>
+  void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
+    int32_t bits = exponent(i) << 23;
+    f32x16 scale = (f32x16)_mm512_set1_epi32(bits);
+    Step w = values(codes + 128 * i);
+    for (int m = 0; m < ROWS; m++) {
+      f32x16 part = {};
+      for (int v = 0; v < 4; v++) {
+        part = dot_pairs(part, load<u32x16>(x[m] + 256 * i + 64 * v), w.v[v]);
+      }
+      acc[m] = fma(part, scale, acc[m]);
+    }
+  }
+#else
+  static u16x32 words(u16x32 code) {
+    u16x32 m = code & 7, normal = ((code & 0x7F) << 4) + (120 << 7);
+    u16x32 small = ((u16x32)(m >= 4) & ((m << 5) + (119 << 7))) |
+                   ((u16x32)(m < 4) & (u16x32)(m >= 2) & ((m << 6) + (118 << 7))) |
+                   ((u16x32)(m == 1) & (118 << 7));
+    u16x32 is_small = (u16x32)((code & 0x78) == 0);
+    return (is_small & small) | (~is_small & normal) | (code & 0x80) << 8;
+  }
+#endif
+};
+
+// ---------------------------------------------------------------- bfloat16
+
+struct Bf16Row {
+  const uint8_t* values;
+
+  void start(const Weight& w, int64_t row) { values = w.data + row * w.inputs * 2; }
+
+  Step step(int64_t i) const { return load<Step>(values + 256 * i); }
+
+  Step rest(int64_t i, int64_t inputs) const {
+    Step out = {};
+    std::memcpy(&out, values + 256 * i, inputs * 2);
+    return out;
+  }
+
+#if DSV4_PAIRS
+  template <int ROWS>
+  void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
+    for (int m = 0; m < ROWS; m++) {
+      f32x16 part = {};
+      for (int v = 0; v < 4; v++) {
+        int64_t at = 256 * i + 64 * v;
+        part = dot_pairs(part, load<u32x16>(x[m] + at), load<u32x16>(values + at));
+      }
+      acc[m] = acc[m] + part;
+    }
+  }
+#endif
+};
+
+// ---------------------------------------------------------------- float32
+
+// Eight vectors of float32 a step, in order: the only row that is not made of pairs.
+struct F32Row {
+  const uint8_t* values;
+
+  void start(const Weight& w, int64_t row) { values = w.data + row * w.inputs * 4; }
+};
+
+// ---------------------------------------------------------------- a step as vectors of one kind
+
+// A step is VECTORS vectors; `add` adds the products of one to a sum.
+struct Pairs {  // bfloat16 activations, where the hardware multiplies them
+  static constexpr int VECTORS = 4;
+#if DSV4_PAIRS
+  static f32x16 add(f32x16 sum, u32x16 x, u32x16 w) { return dot_pairs(sum, x, w); }
+#endif
+  static void spread(const Step& w, u32x16* out) {
+    for (int v = 0; v < 4; v++) out[v] = w.v[v];
+  }
+};
+
+struct Singles {  // float32 activations, or bfloat16 ones widened; sums in the order of Pairs
+  static constexpr int VECTORS = 8;
+  static f32x16 add(f32x16 sum, u32x16 x, u32x16 w) { return fma((f32x16)x, (f32x16)w, sum); }
+  static void spread(const Step& w, u32x16* out) {
+    for (int v = 0; v < 4; v++) {
+      out[2 * v] = (u32x16)odd(w.v[v]), out[2 * v + 1] = (u32x16)even(w.v[v]);
+    }
+  }
+};
+
+template <class Kind, class Row>
+inline void read_step(const Row& row, int64_t i, int64_t inputs, u32x16* out) {
+  int64_t left = inputs - i * STEP;
+  Kind::spread(left >= STEP ? row.step(i) : row.rest(i, left), out);
+}
+
+template <>
+inline void read_step<Singles, F32Row>(const F32Row& row, int64_t i, int64_t inputs, u32x16* out) {
+  int64_t left = inputs - i * STEP;
+  if (left < STEP) std::memset(out, 0, 4 * STEP);
+  std::memcpy(out, row.values + 4 * STEP * i, 4 * (left < STEP ? left : STEP));
+}
+
+}  // namespace
+}  // namespace DSV4_ISA

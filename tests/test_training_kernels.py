@@ -1,0 +1,73 @@
+"""The native kernels with a gradient compute what the reference does, forwards and backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4 import kernels
+from dsv4.kernels import reference
+
+pytestmark = pytest.mark.skipif(kernels.NATIVE is None, reason="the native kernels are not built")
+LOOSE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (0.04, 0.02)}
+
+
+def outputs_and_gradients(
+    f: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor], *rest: object
+) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = f(*leaves, *rest)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    torch.manual_seed(5)
+    loss = sum(((x.float() * torch.randn(x.shape)).sum() for x in outs), torch.zeros(()))
+    return [*outs, *torch.autograd.grad(loss, leaves)]
+
+
+def compare(name: str, dtype: torch.dtype, inputs: list[Tensor], *rest: object) -> None:
+    ours = outputs_and_gradients(getattr(kernels, name), inputs, *rest)
+    truth = outputs_and_gradients(getattr(reference, name), inputs, *rest)
+    absolute, relative = LOOSE[dtype]
+    for a, b in zip(ours, truth, strict=True):
+        a, b = a.detach(), b.detach()
+        assert a.dtype == b.dtype and a.shape == b.shape
+        size = float(b.float().abs().mean()) + 1e-6
+        torch.testing.assert_close(a.float() / size, b.float() / size, atol=absolute * 20, rtol=relative)
+
+
+@pytest.mark.parametrize("dtype", LOOSE)
+@pytest.mark.parametrize("rows", [1, 31, 97])
+def test_mhc(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    streams = torch.randn(1, rows, 4, 48, dtype=dtype)
+    fn, scale, base = torch.randn(24, 192) * 0.1, torch.tensor([0.7, 0.3, 0.5]), torch.randn(24)
+    compare("hc_read", dtype, [streams, fn, scale, base], 1e-6, 1e-6, dtype)
+    post, comb = torch.rand(1, rows, 4), torch.rand(1, rows, 4, 4)
+    compare("hc_expand", dtype, [torch.randn(1, rows, 48, dtype=dtype), streams, post, comb])
+
+
+@pytest.mark.parametrize("dtype", LOOSE)
+@pytest.mark.parametrize(("ratio", "overlap"), [(4, True), (4, False), (128, False)])
+@pytest.mark.parametrize("length", [4, 130, 257])
+def test_compressors(dtype: torch.dtype, ratio: int, overlap: bool, length: int) -> None:
+    torch.manual_seed(length)
+    wide = 32 * (1 + overlap)
+    kv, gate = (torch.randn(2, length, wide, dtype=dtype) for _ in range(2))
+    compare("compress", dtype, [kv, gate, torch.randn(ratio, wide)], ratio, overlap)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 300, 4, 64), torch.randn(24, 256) * 0.1, torch.rand(3), torch.randn(24)]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            x = inputs[0].clone().requires_grad_()
+            out = kernels.hc_read(x, *inputs[1:], 1e-6, 1e-6, torch.float32)[0]
+            found.append([out, *torch.autograd.grad(out.square().sum(), x)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
