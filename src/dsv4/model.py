@@ -360,7 +360,7 @@ class Attention(nn.Module):
         latent = self.q_norm(self.wq_a(xr, nx))
         latent_r = self.wq_b.rounded(latent, nx)
         q = self.wq_b(latent_r, nx).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        q = kernels.rope(kernels.rms_norm(q, None, c.rms_norm_eps), turn.unsqueeze(-3))
+        q = kernels.norm_rope(q, turn, c.rms_norm_eps)
         kv = kv_rounded(kernels.rope(self.kv_norm(self.wkv(xr, nx)), turn), run)
         tokens = [q, kv]
         if self.compressor is not None:

@@ -15,30 +15,54 @@ class Experts:
         fp8: bool, out: int, threads: int, /,
     ) -> None: ...
 
-def hc_collapse(
+def train_hc_collapse(
     streams: int, bf16: bool, rows: int, d: int, pre: int, x: int, threads: int, /
 ) -> None: ...
-def hc_dots(
+def train_hc_dots(
     streams: int, dx: int, bf16: bool, rows: int, d: int, dpre: int, threads: int, /
 ) -> None: ...
-def hc_collapse_back(
+def train_hc_collapse_back(
     streams: int, dx: int, bf16: bool, rows: int, d: int, pre: int, factor: int, dstreams: int,
     threads: int, /,
 ) -> None: ...
-def hc_squares(streams: int, bf16: bool, rows: int, d: int, out: int, threads: int, /) -> None: ...
-def hc_expand(
+def train_hc_squares(
+    streams: int, bf16: bool, rows: int, d: int, out: int, threads: int, /
+) -> None: ...
+def train_hc_expand(
     out: int, streams: int, bf16: bool, rows: int, d: int, post: int, comb: int, fresh: int,
     threads: int, /,
 ) -> None: ...
-def hc_expand_back(
+def train_hc_expand_back(
     grad: int, out: int, streams: int, bf16: bool, rows: int, d: int, post: int, comb: int,
     dout: int, dstreams: int, dpost: int, dcomb: int, threads: int, /,
 ) -> None: ...
-def pool(
+def train_sinkhorn(
+    matrices: int, count: int, iters: int, eps: float, out: int, threads: int, /
+) -> None: ...
+def train_sinkhorn_back(
+    matrices: int, grad: int, count: int, iters: int, eps: float, dmatrices: int, threads: int, /
+) -> None: ...
+def train_norm_rope(
+    x: int, bf16: bool, rows: int, heads: int, d: int, turn: int, positions: int, width: int,
+    norm: bool, inverse: bool, eps: float, out: int, threads: int, /,
+) -> None: ...
+def train_norm_rope_back(
+    x: int, grad: int, bf16: bool, rows: int, heads: int, d: int, turn: int, positions: int,
+    width: int, eps: float, dx: int, threads: int, /,
+) -> None: ...
+def train_swiglu(
+    gate: int, up: int, bf16: bool, rows: int, width: int, weights: int, limit: float, act: int,
+    threads: int, /,
+) -> None: ...
+def train_swiglu_back(
+    gate: int, up: int, grad: int, bf16: bool, rows: int, width: int, weights: int, limit: float,
+    dgate: int, dup: int, dweights: int, threads: int, /,
+) -> None: ...
+def train_pool(
     kv: int, gate: int, bias: int, bf16: bool, overlap: bool, ratio: int, dim: int,
     sequences: int, positions: int, out: int, threads: int, /,
 ) -> None: ...
-def pool_back(
+def train_pool_back(
     kv: int, gate: int, bias: int, bf16: bool, overlap: bool, ratio: int, dim: int,
     sequences: int, positions: int, grad: int, dkv: int, dgate: int, threads: int, /,
 ) -> None: ...

@@ -122,6 +122,12 @@ def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
     return torch.cat((plain, torch.view_as_real(pairs).flatten(-2).to(x.dtype)), -1)
 
 
+def norm_rope(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
+    """The heads of queries ``[B, T, H, D]``: RMSNorm without a weight, then turned as their token
+    by ``rotation [T, W, 2]``."""
+    return rope(rms_norm(x, None, eps), rotation.unsqueeze(-3))
+
+
 # ---------------------------------------------------------------- hyper-connections (mHC)
 
 

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native, reference
+from . import _native, native, reference
+from .reference import Matrices
 
 STREAMS = 4
-KERNELS = ("hc_read", "hc_expand", "compress")  # what is here and in the table
+KERNELS = (  # what is here and in the table
+    "hc_read", "hc_expand", "sinkhorn", "compress", "norm_rope", "rope", "routed_experts",
+)  # fmt: skip
 TYPES = (torch.bfloat16, torch.float32)
 
 
@@ -59,6 +62,222 @@ def compress(kv: Tensor, gate: Tensor, bias: Tensor, ratio: int, overlap: bool) 
     return entries
 
 
+def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
+    """See ``reference.sinkhorn``."""
+    if not comb.requires_grad or comb.dtype != torch.float32 or comb.shape[-1] != STREAMS:
+        return reference.sinkhorn(comb, iters, eps)
+    out: Tensor = _Sinkhorn.apply(comb, iters, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def norm_rope(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
+    """See ``reference.norm_rope``."""
+    if not x.requires_grad or not _turns(x, rotation):
+        return reference.norm_rope(x, rotation, eps)
+    out: Tensor = _NormRope.apply(x, rotation, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
+    """See ``reference.rope``."""
+    if not x.requires_grad or not _turns(x, rotation):
+        return reference.rope(x, rotation, inverse)
+    out: Tensor = _Rope.apply(x, rotation, inverse)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _turns(x: Tensor, rotation: Tensor) -> bool:
+    """``x`` is ``[B, T, D]`` with a rotation ``[T, W, 2]``, or ``[B, T, H, D]`` and
+    ``[T, 1, W, 2]``; the vectors of the rotation are whole."""
+    fits = rotation.shape[:-2] == (x.shape[1:2] if x.dim() == 3 else (x.shape[1], 1))
+    return fits and rotation.shape[-2] % 8 == 0 and _native_takes(x)
+
+
+def routed_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Matrices,
+    w2: Matrices,
+    w3: Matrices,
+    limit: float,
+    round_activations: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.routed_experts``. Without a gradient it is ``native.routed_experts``."""
+    if not torch.is_grad_enabled() or not x.requires_grad:
+        return native.routed_experts(
+            x, ids, weights, w1, w2, w3, limit, round_activations, dtype
+        )
+    gates, ups, downs = ([table[e].weight for e in range(len(w1))] for table in (w1, w3, w2))
+    if round_activations or not _native_takes(x, gates[0].T) or x.dtype != dtype:
+        return reference.routed_experts(
+            x, ids, weights, w1, w2, w3, limit, round_activations, dtype
+        )
+    out: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
+        x, ids, weights, limit, *gates, *ups, *downs
+    )
+    return out
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Doubly stochastic matrices; the rounds are computed again backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, comb, iters, eps):  # type: ignore[no-untyped-def]
+        comb = comb.contiguous()
+        out = torch.empty_like(comb)
+        ctx.settings = comb.numel() // STREAMS**2, iters, eps
+        _native.train_sinkhorn(
+            comb.data_ptr(), *ctx.settings, out.data_ptr(), torch.get_num_threads()
+        )
+        ctx.save_for_backward(comb)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        (comb,) = ctx.saved_tensors
+        out, grad = torch.empty_like(comb), grad.contiguous()
+        _native.train_sinkhorn_back(
+            comb.data_ptr(), grad.data_ptr(), *ctx.settings, out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out, None, None
+
+
+def _heads(x: Tensor, rotation: Tensor) -> tuple[bool, int, int, int, int, int, int]:
+    """How the library is told of heads to turn: see ``norm_rope`` in training_module.cpp."""
+    rows, heads = x.shape[0] * x.shape[1], x.shape[2] if x.dim() == 4 else 1
+    return (
+        _bf16(x), rows, heads, x.shape[-1], rotation.data_ptr(), x.shape[1], rotation.shape[-2]
+    )  # fmt: skip
+
+
+class _NormRope(torch.autograd.Function):
+    """The heads of a query: normalised, then turned."""
+
+    @staticmethod
+    def forward(ctx: Any, x, rotation, eps):  # type: ignore[no-untyped-def]
+        x, rotation = x.contiguous(), rotation.contiguous()
+        out = torch.empty_like(x)
+        _native.train_norm_rope(
+            x.data_ptr(), *_heads(x, rotation), True, False, eps, out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(x, rotation)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        x, rotation = ctx.saved_tensors
+        dx, grad = torch.empty_like(x), grad.contiguous()
+        _native.train_norm_rope_back(
+            x.data_ptr(), grad.data_ptr(), *_heads(x, rotation), ctx.eps, dx.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, None, None
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation; its gradient is turned the other way."""
+
+    @staticmethod
+    def turned(x: Tensor, rotation: Tensor, inverse: bool) -> Tensor:
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        _native.train_norm_rope(
+            x.data_ptr(), *_heads(x, rotation), False, inverse, 0.0, out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def forward(ctx: Any, x, rotation, inverse):  # type: ignore[no-untyped-def]
+        rotation = rotation.contiguous()
+        ctx.save_for_backward(rotation)
+        ctx.inverse = inverse
+        return _Rope.turned(x, rotation, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        (rotation,) = ctx.saved_tensors
+        return _Rope.turned(grad, rotation, not ctx.inverse), None, None
+
+
+class _Experts(torch.autograd.Function):
+    """All routed experts: rows in the order of experts, what a used one needs from each product.
+
+    An expert's rows are filled up to a multiple of 16 (see ``reference.matmul``) with copies of
+    row 0 of weight 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, ids, weights, limit, *matrices):  # type: ignore[no-untyped-def]
+        experts, k = len(matrices) // 3, ids.shape[1]
+        order = ids.flatten().argsort(stable=True)
+        counts = torch.bincount(ids.flatten(), minlength=experts).tolist()
+        used, cut, places, begin = [], 0, [], 0
+        for e, n in enumerate(counts):
+            if n:
+                used.append((e, cut, cut + n + -n % 16))
+                places.append(torch.arange(cut, cut + n))
+                cut, begin = used[-1][2], begin + n
+        place = torch.cat(places)  # of each sorted pair
+        rows = torch.zeros(cut, dtype=torch.int64).index_copy_(0, place, order // k)
+        share = torch.zeros(cut).index_copy_(0, place, weights.flatten().float()[order])
+        xs = x.index_select(0, rows)
+        typed = [m.to(x.dtype) for m in matrices]
+        gates, ups, downs = typed[:experts], typed[experts : 2 * experts], typed[2 * experts :]
+        width = gates[0].shape[0]
+        gate, up, act = (x.new_empty(cut, width) for _ in range(3))
+        for e, a, b in used:
+            torch.mm(xs[a:b], gates[e].T, out=gate[a:b])
+            torch.mm(xs[a:b], ups[e].T, out=up[a:b])
+        _native.train_swiglu(
+            gate.data_ptr(), up.data_ptr(), _bf16(x), cut, width, share.data_ptr(), limit,
+            act.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        down = torch.empty_like(xs)
+        for e, a, b in used:
+            torch.mm(act[a:b], downs[e].T, out=down[a:b])
+        pairs = down.index_select(0, place).float()
+        out = torch.zeros(x.shape).index_add_(0, order // k, pairs)
+        ctx.save_for_backward(xs, gate, up, act, share, rows, place, order, *typed)
+        ctx.used, ctx.limit, ctx.k, ctx.dtypes = used, limit, k, [m.dtype for m in matrices]
+        ctx.rows = x.shape[0]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        xs, gate, up, act, share, rows, place, order, *typed = ctx.saved_tensors
+        experts = len(typed) // 3
+        gates, ups, downs = typed[:experts], typed[experts : 2 * experts], typed[2 * experts :]
+        dy = grad.to(xs.dtype).index_select(0, rows)
+        dact = torch.empty_like(act)
+        found: list[Tensor | None] = [None] * len(typed)
+        for e, a, b in ctx.used:
+            torch.mm(dy[a:b], downs[e], out=dact[a:b])
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        dshare = torch.empty_like(share)
+        _native.train_swiglu_back(
+            gate.data_ptr(), up.data_ptr(), dact.data_ptr(), _bf16(xs), *gate.shape,
+            share.data_ptr(), ctx.limit, dgate.data_ptr(), dup.data_ptr(), dshare.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        dx = torch.empty_like(xs)
+        for e, a, b in ctx.used:
+            torch.mm(dgate[a:b], gates[e], out=dx[a:b])
+            dx[a:b] += dup[a:b] @ ups[e]
+            # the rows that fill up have act = dgate = dup = 0
+            found[e] = (dgate[a:b].T @ xs[a:b]).to(ctx.dtypes[e])
+            found[experts + e] = (dup[a:b].T @ xs[a:b]).to(ctx.dtypes[experts + e])
+            found[2 * experts + e] = (dy[a:b].T @ act[a:b]).to(ctx.dtypes[2 * experts + e])
+        pairs = dx.index_select(0, place).float()
+        total = torch.zeros(ctx.rows, xs.shape[1]).index_add_(0, order // ctx.k, pairs)
+        dweights = torch.empty(len(order)).index_copy_(0, order, dshare[place])
+        return total.to(xs.dtype), None, dweights.view(-1, ctx.k), None, *found
+
+
 class _Read(torch.autograd.Function):
     """Streams -> the site's input and all mixing logits; only ``pre`` is applied here."""
 
@@ -69,12 +288,12 @@ class _Read(torch.autograd.Function):
         flat, threads = streams.view(rows, -1), torch.get_num_threads()
         products = F.linear(flat, fn.to(flat.dtype)).float()
         squares = torch.empty(rows)
-        _native.hc_squares(*_at(streams), rows, d, squares.data_ptr(), threads)
+        _native.train_hc_squares(*_at(streams), rows, d, squares.data_ptr(), threads)
         root = squares.div_(flat.shape[1]).add_(norm_eps).rsqrt_().unsqueeze(1)
         logits = products * root
         pre = torch.sigmoid(logits[:, :STREAMS] * scale + base).add_(eps)
         x = streams.new_empty(rows, d)
-        _native.hc_collapse(*_at(streams), rows, d, pre.data_ptr(), x.data_ptr(), threads)
+        _native.train_hc_collapse(*_at(streams), rows, d, pre.data_ptr(), x.data_ptr(), threads)
         ctx.save_for_backward(streams, fn, scale, products, root, pre)
         ctx.eps = eps
         lead = streams.shape[:-2]
@@ -87,7 +306,7 @@ class _Read(torch.autograd.Function):
         flat, threads = streams.view(rows, -1), torch.get_num_threads()
         dx, dlogits = dx.contiguous(), dlogits.reshape(rows, -1).float()
         dpre = torch.empty(rows, STREAMS)
-        _native.hc_dots(
+        _native.train_hc_dots(
             streams.data_ptr(), dx.data_ptr(), _bf16(streams), rows, d, dpre.data_ptr(), threads
         )
         share = pre - ctx.eps
@@ -98,7 +317,7 @@ class _Read(torch.autograd.Function):
         dproducts = (dlogits * root).to(flat.dtype)
         factor = (dlogits * products).sum(1, keepdim=True).mul_(root**3).div_(-flat.shape[1])
         dstreams = dproducts @ fn.to(flat.dtype)
-        _native.hc_collapse_back(
+        _native.train_hc_collapse_back(
             streams.data_ptr(), dx.data_ptr(), _bf16(streams), rows, d, pre.data_ptr(),
             factor.data_ptr(), dstreams.data_ptr(), threads,
         )  # fmt: skip
@@ -114,7 +333,7 @@ class _Expand(torch.autograd.Function):
         out, streams = out.contiguous(), streams.contiguous()
         post, comb = post.float().contiguous(), comb.float().contiguous()
         fresh = torch.empty_like(streams)
-        _native.hc_expand(
+        _native.train_hc_expand(
             out.data_ptr(), *_at(streams), *_rows(out), post.data_ptr(), comb.data_ptr(),
             fresh.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -126,7 +345,7 @@ class _Expand(torch.autograd.Function):
         out, streams, post, comb = ctx.saved_tensors
         grad = grad.contiguous()
         made = [torch.empty_like(x) for x in (out, streams, post, comb)]
-        _native.hc_expand_back(
+        _native.train_hc_expand_back(
             grad.data_ptr(), out.data_ptr(), *_at(streams), *_rows(out), post.data_ptr(),
             comb.data_ptr(), *(x.data_ptr() for x in made), torch.get_num_threads(),
         )  # fmt: skip
@@ -142,7 +361,7 @@ class _Compress(torch.autograd.Function):
         dim = kv.shape[2] // (1 + overlap)
         ctx.shape = (_bf16(kv), overlap, ratio, dim, kv.shape[0], kv.shape[1])
         entries = kv.new_empty(kv.shape[0], kv.shape[1] // ratio, dim)
-        _native.pool(
+        _native.train_pool(
             kv.data_ptr(), gate.data_ptr(), bias.data_ptr(), *ctx.shape, entries.data_ptr(),
             torch.get_num_threads(),
         )
@@ -154,7 +373,7 @@ class _Compress(torch.autograd.Function):
         kv, gate, bias = ctx.saved_tensors
         ratio = ctx.shape[2]
         dkv, dgate = torch.zeros_like(kv), torch.zeros_like(gate)
-        _native.pool_back(
+        _native.train_pool_back(
             kv.data_ptr(), gate.data_ptr(), bias.data_ptr(), *ctx.shape,
             grad.contiguous().data_ptr(), dkv.data_ptr(), dgate.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

@@ -87,6 +87,153 @@ void expand_back(const void* grad, const void* out, const void* streams, bool is
   }
 }
 
+// Up to sixteen matrices, one in each lane: entry e of all of them is one vector.
+constexpr int SQUARE = H * H;
+
+void transpose_in(const float* from, int64_t count, f32x16* m) {
+  for (int e = 0; e < SQUARE; e++) {
+    m[e] = splat(1.0f);
+    for (int64_t l = 0; l < count; l++) m[e][l] = from[SQUARE * l + e];
+  }
+}
+
+void transpose_out(const f32x16* m, int64_t count, float* to) {
+  for (int e = 0; e < SQUARE; e++) {
+    for (int64_t l = 0; l < count; l++) to[SQUARE * l + e] = m[e][l];
+  }
+}
+
+// Entry k of line i: of a column in the first step and every second one after it, else of a row.
+inline int entry(int step, int i, int k) { return step % 2 == 0 ? H * k + i : H * i + k; }
+
+void normalise(f32x16* m, int step, float eps, f32x16* totals) {
+  for (int i = 0; i < H; i++) {
+    f32x16 total = splat(eps);
+    for (int k = 0; k < H; k++) total = total + m[entry(step, i, k)];
+    for (int k = 0; k < H; k++) m[entry(step, i, k)] = m[entry(step, i, k)] / total;
+    totals[i] = total;
+  }
+}
+
+void sinkhorn(const float* matrices, int64_t count, int iters, float eps, float* out) {
+  f32x16 m[SQUARE], totals[H];
+  transpose_in(matrices, count, m);
+  for (int step = 0; step < 2 * iters - 1; step++) normalise(m, step, eps, totals);
+  transpose_out(m, count, out);
+}
+
+void sinkhorn_back(const float* matrices, const float* grad, int64_t count, int iters, float eps,
+                   float* dmatrices) {
+  constexpr int MOST = 64;  // steps kept; the caller checks
+  f32x16 kept[MOST][SQUARE], totals[MOST][H], m[SQUARE], g[SQUARE];
+  transpose_in(matrices, count, m);
+  transpose_in(grad, count, g);
+  for (int step = 0; step < 2 * iters - 1; step++) {
+    normalise(m, step, eps, totals[step]);
+    std::memcpy(kept[step], m, sizeof m);
+  }
+  // y = x / (s + eps) has dx = (dy - sum(dy * y)) / (s + eps)
+  for (int step = 2 * iters - 2; step >= 0; step--) {
+    for (int i = 0; i < H; i++) {
+      f32x16 dot = {};
+      for (int k = 0; k < H; k++) {
+        dot = fma(g[entry(step, i, k)], kept[step][entry(step, i, k)], dot);
+      }
+      for (int k = 0; k < H; k++) {
+        g[entry(step, i, k)] = (g[entry(step, i, k)] - dot) / totals[step][i];
+      }
+    }
+  }
+  transpose_out(g, count, dmatrices);
+}
+
+// The pairs of a vector turned by (cosine, sine) pairs.
+inline f32x16 turned(f32x16 x, f32x16 turn, bool inverse) {
+  f32x16 cosines = __builtin_shufflevector(turn, turn, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12,
+                                           14, 14);
+  f32x16 sines = __builtin_shufflevector(turn, turn, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13,
+                                         15, 15);
+  f32x16 other = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  const f32x16 sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+  return fma(x, cosines, other * sines * (inverse ? -sign : sign));
+}
+
+inline float root_of(const void* x, bool is_bf16, int64_t d, float eps) {
+  f32x16 total = {};
+  for (int64_t v = 0; v < d; v += LANES) {
+    f32x16 a = get(x, is_bf16, v);
+    total = fma(a, a, total);
+  }
+  return 1.0f / __builtin_sqrtf(sum(total) / (float)d + eps);
+}
+
+void norm_rope(const void* x, bool is_bf16, int64_t d, const float* turn, int64_t width, bool norm,
+               bool inverse, float eps, void* out) {
+  const float root = norm ? root_of(x, is_bf16, d, eps) : 1.0f;
+  for (int64_t v = 0; v < d; v += LANES) {
+    f32x16 y = get(x, is_bf16, v) * root;
+    const int64_t place = v - (d - 2 * width);
+    put(out, is_bf16, v, place < 0 ? y : turned(y, load<f32x16>(turn + place), inverse));
+  }
+}
+
+void norm_rope_back(const void* x, const void* grad, bool is_bf16, int64_t d, const float* turn,
+                    int64_t width, float eps, void* dx) {
+  const float root = root_of(x, is_bf16, d, eps);
+  auto back = [&](int64_t v) {
+    f32x16 g = get(grad, is_bf16, v);
+    const int64_t place = v - (d - 2 * width);
+    return place < 0 ? g : turned(g, load<f32x16>(turn + place), true);
+  };
+  f32x16 dot = {};
+  for (int64_t v = 0; v < d; v += LANES) dot = fma(back(v), get(x, is_bf16, v), dot);
+  const f32x16 share = splat(-sum(dot) * root * root / (float)d);
+  for (int64_t v = 0; v < d; v += LANES) {
+    put(dx, is_bf16, v, fma(share, get(x, is_bf16, v), back(v)) * root);
+  }
+}
+
+struct Gated {
+  f32x16 s, silu, up, dgate, dup;  // the last two: 1 where a gradient passes the clamp, else 0
+
+  Gated(const void* gate, const void* up_row, bool is_bf16, int64_t v, float limit) {
+    f32x16 g = get(gate, is_bf16, v);
+    up = get(up_row, is_bf16, v);
+    dgate = dup = splat(1.0f);
+    if (limit > 0) {
+      dgate = where(g > splat(limit), f32x16{}, dgate);
+      dup = where(abs(up) > splat(limit), f32x16{}, dup);
+      g = where(g > splat(limit), splat(limit), g);
+      up = where(up > splat(limit), splat(limit), where(up < splat(-limit), splat(-limit), up));
+    }
+    s = 1.0f / (1.0f + exp(-g));
+    silu = g * s;
+    dgate = dgate * s * (1.0f + g * (1.0f - s));
+  }
+};
+
+void swiglu(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
+            float limit, void* act) {
+  for (int64_t v = 0; v < width; v += LANES) {
+    Gated at(gate, up, is_bf16, v, limit);
+    put(act, is_bf16, v, splat(weight) * at.silu * at.up);
+  }
+}
+
+float swiglu_back(const void* gate, const void* up, const void* grad, bool is_bf16, int64_t width,
+                  float weight, float limit, void* dgate, void* dup) {
+  f32x16 dweight = {};
+  for (int64_t v = 0; v < width; v += LANES) {
+    Gated at(gate, up, is_bf16, v, limit);
+    f32x16 g = get(grad, is_bf16, v);
+    dweight = fma(g, at.silu * at.up, dweight);
+    g = g * weight;
+    put(dup, is_bf16, v, g * at.silu * at.dup);
+    put(dgate, is_bf16, v, g * at.up * at.dgate);
+  }
+  return sum(dweight);
+}
+
 // f(where a row of this entry begins in kv and gate, where in bias), for all its rows.
 template <class F>
 inline void each_row(const Pooling& p, int64_t block, F f) {
@@ -138,7 +285,9 @@ void pool_back(const Pooling& p, int64_t block, const void* grad, void* dkv, voi
 }  // namespace
 
 extern const dsv4::Training training;
-const dsv4::Training training = {collapse, dots,        collapse_back, squares,
-                                 expand,   expand_back, pool,          pool_back};
+const dsv4::Training training = {collapse,       dots,      collapse_back,  squares,
+                                 expand,         expand_back, sinkhorn,     sinkhorn_back,
+                                 norm_rope,      norm_rope_back, swiglu,    swiglu_back,
+                                 pool,           pool_back};
 
 }  // namespace DSV4_ISA

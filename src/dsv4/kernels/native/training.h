@@ -35,6 +35,22 @@ struct Training {
   void (*expand_back)(const void* grad, const void* out, const void* streams, bool is_bf16,
                       int64_t d, const float* post, const float* comb, void* dout, void* dstreams,
                       float* dpost, float* dcomb);
+  // `count` <= 16 matrices [STREAMS, STREAMS], each: columns normalised, then iters - 1 times
+  // rows and columns. `back` turns the gradient of the result into that of the matrices.
+  void (*sinkhorn)(const float* matrices, int64_t count, int iters, float eps, float* out);
+  void (*sinkhorn_back)(const float* matrices, const float* grad, int64_t count, int iters,
+                        float eps, float* dmatrices);
+  // A head [d]: divided by its root mean square if `norm`, then the last 2 * width channels turned,
+  // pair by pair, by cosines and sines [width, 2] (backwards if `inverse`).
+  void (*norm_rope)(const void* x, bool is_bf16, int64_t d, const float* turn, int64_t width,
+                    bool norm, bool inverse, float eps, void* out);
+  void (*norm_rope_back)(const void* x, const void* grad, bool is_bf16, int64_t d,
+                         const float* turn, int64_t width, float eps, void* dx);
+  // act = weight * silu(min(gate, limit)) * clamp(up, -limit, limit); a limit of 0 is none.
+  void (*swiglu)(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
+                 float limit, void* act);
+  float (*swiglu_back)(const void* gate, const void* up, const void* grad, bool is_bf16,
+                       int64_t width, float weight, float limit, void* dgate, void* dup);
   // Entry `block` of a sequence that starts at p.kv.
   void (*pool)(const Pooling& p, int64_t block, void* out);
   void (*pool_back)(const Pooling& p, int64_t block, const void* grad, void* dkv, void* dgate);

@@ -1,6 +1,8 @@
 // Training's part of the Python module: whole tensors by their addresses, rows in parallel.
 #include "training_module.h"
 
+#include <algorithm>
+
 #include "kernels.h"
 #include "linear.h"
 #include "pool.h"
@@ -84,6 +86,78 @@ void expand_back(uintptr_t grad, uintptr_t out, uintptr_t streams, bool bf16, in
   });
 }
 
+void sinkhorn(uintptr_t matrices, int64_t count, int iters, float eps, uintptr_t out,
+              int threads) {
+  const Training& t = *current()->training;
+  auto task = [&](int64_t i) {
+    const int64_t skip = 16 * STREAMS * STREAMS * i;
+    t.sinkhorn(floats(matrices) + skip, std::min<int64_t>(16, count - 16 * i), iters, eps,
+               floats(out) + skip);
+  };
+  parallel(threads, (count + 15) / 16, task);
+}
+
+void sinkhorn_back(uintptr_t matrices, uintptr_t grad, int64_t count, int iters, float eps,
+                   uintptr_t dmatrices, int threads) {
+  if (iters > 32) throw nb::value_error("more than 32 rounds");
+  const Training& t = *current()->training;
+  auto task = [&](int64_t i) {
+    const int64_t skip = 16 * STREAMS * STREAMS * i;
+    t.sinkhorn_back(floats(matrices) + skip, floats(grad) + skip,
+                    std::min<int64_t>(16, count - 16 * i), iters, eps, floats(dmatrices) + skip);
+  };
+  parallel(threads, (count + 15) / 16, task);
+}
+
+// x: rows of `heads` heads each; turn: [positions, width, 2], row r is at r % positions.
+void norm_rope(uintptr_t x, bool bf16, int64_t rows, int64_t heads, int64_t d, uintptr_t turn,
+               int64_t positions, int64_t width, bool norm, bool inverse, float eps, uintptr_t out,
+               int threads) {
+  const Training& t = *current()->training;
+  const int64_t head = d * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    for (int64_t h = r * heads; h < (r + 1) * heads; h++) {
+      t.norm_rope(at(x) + head * h, bf16, d, floats(turn) + r % positions * 2 * width, width, norm,
+                  inverse, eps, at(out) + head * h);
+    }
+  });
+}
+
+void norm_rope_back(uintptr_t x, uintptr_t grad, bool bf16, int64_t rows, int64_t heads, int64_t d,
+                    uintptr_t turn, int64_t positions, int64_t width, float eps, uintptr_t dx,
+                    int threads) {
+  const Training& t = *current()->training;
+  const int64_t head = d * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    for (int64_t h = r * heads; h < (r + 1) * heads; h++) {
+      t.norm_rope_back(at(x) + head * h, at(grad) + head * h, bf16, d,
+                       floats(turn) + r % positions * 2 * width, width, eps, at(dx) + head * h);
+    }
+  });
+}
+
+void swiglu(uintptr_t gate, uintptr_t up, bool bf16, int64_t rows, int64_t width, uintptr_t weights,
+            float limit, uintptr_t act, int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = width * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    t.swiglu(at(gate) + row * r, at(up) + row * r, bf16, width, floats(weights)[r], limit,
+             at(act) + row * r);
+  });
+}
+
+void swiglu_back(uintptr_t gate, uintptr_t up, uintptr_t grad, bool bf16, int64_t rows,
+                 int64_t width, uintptr_t weights, float limit, uintptr_t dgate, uintptr_t dup,
+                 uintptr_t dweights, int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = width * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    floats(dweights)[r] =
+        t.swiglu_back(at(gate) + row * r, at(up) + row * r, at(grad) + row * r, bf16, width,
+                      floats(weights)[r], limit, at(dgate) + row * r, at(dup) + row * r);
+  });
+}
+
 // kv, gate: `sequences` of `positions`; out: the entries of each.
 struct Sequences {
   Pooling first;
@@ -132,14 +206,20 @@ void pool_back(uintptr_t kv, uintptr_t gate, uintptr_t bias, bool bf16, bool ove
 
 void add_training(nb::module_& m) {
   auto free = nb::call_guard<nb::gil_scoped_release>();
-  m.def("hc_collapse", collapse, free);
-  m.def("hc_dots", dots, free);
-  m.def("hc_collapse_back", collapse_back, free);
-  m.def("hc_squares", squares, free);
-  m.def("hc_expand", expand, free);
-  m.def("hc_expand_back", expand_back, free);
-  m.def("pool", pool, free);
-  m.def("pool_back", pool_back, free);
+  m.def("train_hc_collapse", collapse, free);
+  m.def("train_hc_dots", dots, free);
+  m.def("train_hc_collapse_back", collapse_back, free);
+  m.def("train_hc_squares", squares, free);
+  m.def("train_hc_expand", expand, free);
+  m.def("train_hc_expand_back", expand_back, free);
+  m.def("train_sinkhorn", sinkhorn, free);
+  m.def("train_sinkhorn_back", sinkhorn_back, free);
+  m.def("train_norm_rope", norm_rope, free);
+  m.def("train_norm_rope_back", norm_rope_back, free);
+  m.def("train_swiglu", swiglu, free);
+  m.def("train_swiglu_back", swiglu_back, free);
+  m.def("train_pool", pool, free);
+  m.def("train_pool_back", pool_back, free);
 }
 
 }  // namespace dsv4
