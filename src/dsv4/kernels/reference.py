@@ -457,7 +457,9 @@ class _Attention(torch.autograd.Function):
     def weights(q, keys, hidden, sink, scale):  # type: ignore[no-untyped-def]
         """Of queries ``[B, n, H, D]`` for ``keys [B, 1 + S, D]``: ``[B, n * H, 1 + S]``."""
         b, n, h, _ = q.shape
-        scores = torch.bmm(q.flatten(1, 2) * scale, keys.transpose(1, 2)).view(b, n, h, -1)
+        scores = torch.baddbmm(
+            q.new_zeros(1), q.flatten(1, 2), keys.transpose(1, 2), beta=0, alpha=scale
+        ).view(b, n, h, -1)
         scores[..., 0] = sink
         if hidden is not None:
             scores[..., 1:].masked_fill_(hidden.unsqueeze(-2), -torch.inf)
@@ -491,8 +493,9 @@ class _Attention(torch.autograd.Function):
             dot = (wide(g) * wide(out[:, block.queries].flatten(1, 2))).sum(-1, keepdim=True)
             ds = torch.bmm(g, keys.transpose(1, 2)).sub_(dot.to(q.dtype)).mul_(p)
             dsink += wide(ds[..., 0]).view(-1, len(sink)).sum(0)
-            dq[:, block.queries] = (torch.bmm(ds, keys) * ctx.scale).view_as(qs)
-            dkeys = torch.bmm(ds.transpose(1, 2), qs.flatten(1, 2) * ctx.scale)
+            ds *= ctx.scale
+            dq[:, block.queries] = torch.bmm(ds, keys).view_as(qs)
+            dkeys = torch.bmm(ds.transpose(1, 2), qs.flatten(1, 2))
             dkeys = torch.baddbmm(dkeys, p.transpose(1, 2), g)[:, 1:]
             size = block.near.stop - block.near.start
             dwindow[:, block.near] += dkeys[:, :size]

@@ -72,7 +72,7 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
 
 def norm_rope(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
     """See ``reference.norm_rope``."""
-    if not x.requires_grad or not _turns(x, rotation):
+    if not x.requires_grad or not _turns(x, rotation.unsqueeze(-3)):
         return reference.norm_rope(x, rotation, eps)
     out: Tensor = _NormRope.apply(x, rotation, eps)  # type: ignore[no-untyped-call]
     return out

@@ -33,13 +33,13 @@ def orthogonalize(m: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     Frobenius norm.
     """
     tall = m.shape[-2] > m.shape[-1]
-    x: Tensor = (m.mT if tall else m).float()
+    x = (m.mT if tall else m).reshape(-1, *sorted(m.shape[-2:])).float()
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(dtype)
     for a, b, c in STEPS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x.mT if tall else x
-    return x.to(m.dtype)
+        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, inner, x, beta=a)
+    return (x.mT if tall else x).reshape(m.shape).to(m.dtype)
 
 
 @dataclass(frozen=True)
