@@ -51,7 +51,7 @@ def by_hand(net: Transformer, ids: Tensor, weights: Tensor) -> defaultdict[str, 
     for gate, (scores, chosen) in enumerate(run.balance):
         n, experts = scores.shape
         for e in range(experts):
-            share = (chosen == e).sum() * experts / (n * chosen.shape[1])
+            share = (chosen == e).double().mean() * experts
             mean = (scores[:, e] / scores.sum(-1)).mean()
             sums[f"gate {gate}"] += n * share * mean
     return defaultdict(sums.default_factory, {k: v.detach() for k, v in sums.items()})
