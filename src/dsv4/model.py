@@ -184,7 +184,7 @@ class Linear(nn.Module):
 
     def rounded(self, x: Tensor, nx: Numerics) -> Tensor:
         """``x`` as this weight's matmul reads it: FP8 in official numerics."""
-        return quant.fp8_round(x) if nx.official and self.scale is not None else x
+        return kernels.fp8_round(x) if nx.official and self.scale is not None else x
 
     def forward(self, x: Tensor, nx: Numerics) -> Tensor:
         return kernels.linear(x, *self.stored(nx), nx.dtype)
@@ -273,14 +273,13 @@ def kv_rounded(entries: Tensor, run: Pass) -> Tensor:
     """A KV entry as the cache holds it: FP8 per 64 channels, the rotated ones in BF16."""
     if not run.nx.official:
         return entries
-    plain = entries.shape[-1] - run.config.qk_rope_head_dim
-    return torch.cat((quant.fp8_round(entries[..., :plain], KV_BLOCK), entries[..., plain:]), -1)
+    return kernels.fp8_round(entries, KV_BLOCK, run.config.qk_rope_head_dim)
 
 
 def fp4_rotated(x: Tensor, nx: Numerics) -> Tensor:
     """Indexer queries and keys: Hadamard rotation, then FP4. It leaves dot products alone but
     for the rounding, so float32 numerics skip it."""
-    return quant.fp4_round(quant.hadamard(x)) if nx.official else x
+    return kernels.hadamard_fp4(x) if nx.official else x
 
 
 class Indexer(nn.Module):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant import FP8_BLOCK, dequantize, fp8_round, number, times_row
+from .. import quant
+from ..quant import FP8_BLOCK, dequantize, number, times_row
 
 QUERY_BLOCK = 128  # queries handled together in attention and index scores
 
@@ -119,6 +120,20 @@ def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
     turn = torch.view_as_complex(rotation)
     pairs = pairs * (turn.conj() if inverse else turn)
     return torch.cat((plain, torch.view_as_real(pairs).flatten(-2).to(x.dtype)), -1)
+
+
+def fp8_round(x: Tensor, block: int = FP8_BLOCK, keep: int = 0) -> Tensor:
+    """``x`` as it looks after FP8 quantisation per ``block`` channels (``quant.fp8_round``), but
+    for the last ``keep`` channels, which stay as they are."""
+    if keep == 0:
+        return quant.fp8_round(x, block)
+    first, last = x.split_with_sizes((x.shape[-1] - keep, keep), -1)
+    return torch.cat((quant.fp8_round(first, block), last), -1)
+
+
+def hadamard_fp4(x: Tensor) -> Tensor:
+    """``x`` after a Hadamard rotation of its last axis and FP4 quantisation per 32 channels."""
+    return quant.fp4_round(quant.hadamard(x))
 
 
 # ---------------------------------------------------------------- hyper-connections (mHC)

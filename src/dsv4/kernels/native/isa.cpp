@@ -8,8 +8,19 @@ dsv4::Arrange arrange;
 dsv4::Multiply multiply;
 dsv4::Swiglu swiglu;
 dsv4::Add add;
+dsv4::Rowwise<dsv4::Norm> norm;
+dsv4::Rowwise<dsv4::Rope> rope;
+dsv4::Rowwise<dsv4::RoundFp8> round_fp8;
+dsv4::Rowwise<dsv4::RoundFp4> round_fp4;
+dsv4::Rowwise<dsv4::HcRead> hc_read;
+dsv4::Rowwise<dsv4::HcCollapse> hc_collapse;
+dsv4::Rowwise<dsv4::HcExpand> hc_expand;
+dsv4::Rowwise<dsv4::Sinkhorn> sinkhorn;
+dsv4::Rowwise<dsv4::Pool> pool;
 
 extern const dsv4::Isa isa;
-const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange, multiply, swiglu, add};
+const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange,   multiply,    swiglu,
+                       add,           norm,            rope,      round_fp8,   round_fp4,
+                       hc_read,       hc_collapse,     hc_expand, sinkhorn,    pool};
 
 }  // namespace DSV4_ISA

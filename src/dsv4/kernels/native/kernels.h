@@ -59,6 +59,102 @@ using Swiglu = void(const void* gate, const void* up, bool is_bf16, int64_t widt
 // out [width] = the sum of rows, in their order. The width is a multiple of 16.
 using Add = void(const void* const* rows, int64_t count, bool is_bf16, int64_t width, float* out);
 
+// What follows is computed for rows begin .. end - 1 of what it describes. Numbers are bfloat16 or
+// float32 (is_bf16), rows lie one after the other unless a stride is given, and widths are multiples
+// of 16. Each struct is one kernel of reference.py, where its meaning is.
+template <class Job>
+using Rowwise = void(const Job& job, int64_t begin, int64_t end);
+
+struct Norm {  // weight null: none, and every step rounds
+  const void *x, *weight;
+  void* out;
+  int64_t width;
+  float eps;
+  bool is_bf16, weight_bf16;
+};
+
+struct Rope {  // rows are [positions, heads]; the last `turned` channels are rotated
+  const void* x;
+  const float* rotation;  // [positions, turned / 2, 2]
+  void* out;
+  int64_t width, turned, heads, positions;
+  bool inverse, is_bf16;
+};
+
+struct RoundFp8 {  // all but the last `keep` channels, per `block`
+  const void* x;
+  void* out;
+  int64_t width, block, keep;
+  bool is_bf16;
+};
+
+struct RoundFp4 {  // Hadamard transform of 128 channels, then FP4 per 32
+  const void* x;
+  void* out;
+  bool is_bf16;
+};
+
+struct HcRead {
+  const void* streams;  // [h, d]
+  const float *logits, *scale, *base;
+  void* out;           // [d]
+  float *post, *comb;  // [h], [h, h]
+  int64_t h, d;
+  float eps, norm_eps;
+  bool is_bf16, out_bf16;
+};
+
+struct HcCollapse {
+  const void* streams;
+  const float* pre;
+  void* out;
+  int64_t h, d;
+  bool is_bf16, out_bf16;
+};
+
+struct HcExpand {
+  const void *x, *streams;
+  const float *post, *comb;
+  void* out;
+  int64_t h, d;
+  bool x_bf16, is_bf16;
+};
+
+struct Sinkhorn {
+  const float* comb;
+  float* out;
+  int64_t h, iters;
+  float eps;
+};
+
+struct Pool {  // a row is a block; the first one starts at kv and gate
+  const float *kv, *gate;
+  float* out;
+  int64_t stride, ratio, width;
+  bool overlap;
+};
+
+constexpr int64_t HEADS = 8;  // of one attention row
+
+struct Attention {  // a row is a query and up to HEADS of its heads
+  const void *q, *window, *rows;
+  const int64_t* chosen;  // [queries, k] or null
+  const float* sink;
+  void* out;
+  int64_t heads, width_of_head, earlier, width, start, ratio, k;
+  float scale;
+  bool is_bf16;
+};
+
+struct IndexTopk {  // a row is a query
+  const void *q, *keys, *weights;
+  int64_t* out;
+  int64_t heads, width, start, ratio, k;
+  bool is_bf16;
+};
+
+constexpr int64_t MAX_STREAMS = 8;
+
 // The kernels of one instruction set. All of them give the same bits.
 struct Isa {
   const char* name;
@@ -67,6 +163,15 @@ struct Isa {
   Multiply* multiply;
   Swiglu* swiglu;
   Add* add;
+  Rowwise<Norm>* norm;
+  Rowwise<Rope>* rope;
+  Rowwise<RoundFp8>* round_fp8;
+  Rowwise<RoundFp4>* round_fp4;
+  Rowwise<HcRead>* hc_read;
+  Rowwise<HcCollapse>* hc_collapse;
+  Rowwise<HcExpand>* hc_expand;
+  Rowwise<Sinkhorn>* sinkhorn;
+  Rowwise<Pool>* pool;
 };
 
 inline int64_t arranged_bytes(int64_t inputs, bool pairs) {

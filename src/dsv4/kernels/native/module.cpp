@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 #include <tuple>
@@ -11,6 +12,7 @@
 
 #include "experts.h"
 #include "linear.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace dsv4;
@@ -90,6 +92,79 @@ void linear_of(uintptr_t x, bool x_bf16, int64_t rows, uintptr_t weight, uintptr
   linear({at<void>(x), rows, groups * inputs, x_bf16}, w, groups, at<void>(out), out_bf16, threads);
 }
 
+// Runs a kernel over `rows` rows, `each` numbers of work apiece, in parts worth a thread.
+template <class Job>
+void by_rows(Rowwise<Job>* kernel, const Job& job, int64_t rows, int64_t each, int threads) {
+  constexpr int64_t PART = 1 << 14, GRAIN = 16;
+  const int64_t part = std::max<int64_t>(1, PART / std::max<int64_t>(each, 1) / GRAIN) * GRAIN;
+  auto some = [&](int64_t i) { kernel(job, i * part, std::min(rows, (i + 1) * part)); };
+  parallel(threads, (rows + part - 1) / part, some);
+}
+
+void norm(uintptr_t x, bool is_bf16, int64_t rows, int64_t width, uintptr_t weight,
+          bool weight_bf16, float eps, uintptr_t out, int threads) {
+  Norm job{at<void>(x), at<void>(weight), at<void>(out), width, eps, is_bf16, weight_bf16};
+  by_rows(current()->norm, job, rows, width, threads);
+}
+
+void rope(uintptr_t x, bool is_bf16, int64_t rows, int64_t width, uintptr_t rotation,
+          int64_t turned, int64_t heads, int64_t positions, bool inverse, uintptr_t out,
+          int threads) {
+  Rope job{at<void>(x), at<float>(rotation), at<void>(out), width,  turned,
+           heads,       positions,           inverse,       is_bf16};
+  by_rows(current()->rope, job, rows, width, threads);
+}
+
+void fp8_round(uintptr_t x, bool is_bf16, int64_t rows, int64_t width, int64_t block, int64_t keep,
+               uintptr_t out, int threads) {
+  RoundFp8 job{at<void>(x), at<void>(out), width, block, keep, is_bf16};
+  by_rows(current()->round_fp8, job, rows, width, threads);
+}
+
+void hadamard_fp4(uintptr_t x, bool is_bf16, int64_t rows, uintptr_t out, int threads) {
+  by_rows(current()->round_fp4, RoundFp4{at<void>(x), at<void>(out), is_bf16}, rows, 512, threads);
+}
+
+void hc_read(uintptr_t streams, bool is_bf16, int64_t rows, int64_t h, int64_t d, uintptr_t fn,
+             uintptr_t scale, uintptr_t base, float eps, float norm_eps, uintptr_t out,
+             bool out_bf16, uintptr_t post, uintptr_t comb, int threads) {
+  const int64_t mixes = (2 + h) * h;
+  auto logits = make_array<float>(rows * mixes);
+  Weight weight{at<uint8_t>(fn), nullptr, mixes, h * d, Format::f32, 0};
+  linear({at<void>(streams), rows, h * d, is_bf16}, weight, 1, logits.get(), false, threads);
+  HcRead job{at<void>(streams), logits.get(),    at<float>(scale), at<float>(base),
+             at<void>(out),     at<float>(post), at<float>(comb),  h,
+             d,                 eps,             norm_eps,         is_bf16,
+             out_bf16};
+  by_rows(current()->hc_read, job, rows, h * d, threads);
+}
+
+void hc_collapse(uintptr_t streams, bool is_bf16, int64_t rows, int64_t h, int64_t d, uintptr_t pre,
+                 uintptr_t out, bool out_bf16, int threads) {
+  HcCollapse job{at<void>(streams), at<float>(pre), at<void>(out), h, d, is_bf16, out_bf16};
+  by_rows(current()->hc_collapse, job, rows, h * d, threads);
+}
+
+void hc_expand(uintptr_t x, bool x_bf16, uintptr_t streams, bool is_bf16, int64_t rows, int64_t h,
+               int64_t d, uintptr_t post, uintptr_t comb, uintptr_t out, int threads) {
+  HcExpand job{at<void>(x),   at<void>(streams), at<float>(post), at<float>(comb),
+               at<void>(out), h,                 d,               x_bf16,
+               is_bf16};
+  by_rows(current()->hc_expand, job, rows, h * d, threads);
+}
+
+void sinkhorn(uintptr_t comb, int64_t rows, int64_t h, int64_t iters, float eps, uintptr_t out,
+              int threads) {
+  Sinkhorn job{at<float>(comb), at<float>(out), h, iters, eps};
+  by_rows(current()->sinkhorn, job, rows, iters * h * h, threads);
+}
+
+void pool(uintptr_t kv, uintptr_t gate, int64_t blocks, int64_t stride, int64_t ratio,
+          int64_t width, bool overlap, uintptr_t out, int threads) {
+  Pool job{at<float>(kv), at<float>(gate), at<float>(out), stride, ratio, width, overlap};
+  by_rows(current()->pool, job, blocks, ratio * width, threads);
+}
+
 // One expert's matrices: gate, up, down as (weight, scale, format, scale_bytes, outputs, inputs).
 using Address = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t>;
 
@@ -122,6 +197,16 @@ NB_MODULE(_native, m) {
   m.def("isa", [] { return current()->name; }, "The one in use.");
   m.def("use", choose, "Use another, for all threads of the process.");
   m.def("linear", linear_of, nb::call_guard<nb::gil_scoped_release>());
+  auto release = nb::call_guard<nb::gil_scoped_release>();
+  m.def("norm", norm, release);
+  m.def("rope", rope, release);
+  m.def("fp8_round", fp8_round, release);
+  m.def("hadamard_fp4", hadamard_fp4, release);
+  m.def("hc_read", hc_read, release);
+  m.def("hc_collapse", hc_collapse, release);
+  m.def("hc_expand", hc_expand, release);
+  m.def("sinkhorn", sinkhorn, release);
+  m.def("pool", pool, release);
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<>())
       .def("append", &Experts::append)
