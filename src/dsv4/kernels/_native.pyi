@@ -38,6 +38,15 @@ def pool(
     kv: int, gate: int, blocks: int, stride: int, ratio: int, width: int, overlap: bool, out: int,
     threads: int, /,
 ) -> None: ...
+def attention(
+    q: int, bf16: bool, queries: int, heads: int, width_of_head: int, window: int, earlier: int,
+    width: int, rows: int, chosen: int, k: int, sink: int, start: int, ratio: int, scale: float,
+    out: int, threads: int, /,
+) -> None: ...
+def index_topk(
+    q: int, bf16: bool, queries: int, heads: int, width: int, keys: int, weights: int, start: int,
+    ratio: int, k: int, out: int, threads: int, /,
+) -> None: ...
 
 Address = tuple[int, int, int, int, int, int]
 

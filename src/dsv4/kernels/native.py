@@ -25,6 +25,7 @@ FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.floa
 KERNELS = (
     "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
     "hadamard_fp4", "hc_read", "hc_collapse", "hc_expand", "sinkhorn", "pool",
+    "attention", "index_topk",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
 FP4 = (torch.int8, torch.uint8)  # two codes in each
@@ -343,6 +344,67 @@ def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:
         kv.data_ptr(), gate.data_ptr(), blocks, kv.stride(1), ratio, width, overlap,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention(
+    q: Tensor,
+    window: Tensor,
+    rows: Tensor | None,
+    chosen: Tensor | None,
+    sink: Tensor,
+    *,
+    start: int,
+    ratio: int,
+    width: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.attention``."""
+    batch, queries, heads, dim = q.shape
+    tables = (q, window) if rows is None else (q, window, rows)
+    there = rows is None or (start + queries) // ratio <= rows.shape[1]
+    alike = {t.dtype for t in tables} == {dtype}
+    if dim % 32 or not there or not alike or not _plain(*tables, sink):
+        return reference.attention(
+            q, window, rows, chosen, sink, start=start, ratio=ratio, width=width, scale=scale,
+            dtype=dtype,
+        )  # fmt: skip
+    q, sink = q.contiguous(), sink.float().contiguous()
+    out = torch.empty_like(q)
+    for b in range(batch):
+        near = window[b].contiguous()
+        far = None if rows is None else rows[b].contiguous()
+        picked = None if chosen is None else chosen[b].contiguous()
+        _native.attention(
+            q[b].data_ptr(), dtype == BF16, queries, heads, dim, near.data_ptr(),
+            near.shape[0] - queries, width, 0 if far is None else far.data_ptr(),
+            0 if picked is None else picked.data_ptr(), 0 if picked is None else picked.shape[1],
+            sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def index_topk(
+    q: Tensor, keys: Tensor, weights: Tensor, start: int, ratio: int, k: int
+) -> Tensor:
+    """See ``reference.index_topk``."""
+    batch, queries, heads, dim = q.shape
+    there = (start + queries) // ratio <= keys.shape[1]
+    alike = q.dtype == keys.dtype == weights.dtype
+    if dim % 32 or not there or not alike or not _plain(q, keys, weights):
+        return reference.index_topk(q, keys, weights, start, ratio, k)
+    q, weights = q.contiguous(), weights.contiguous()
+    out = torch.empty(batch, queries, k, dtype=torch.int64)
+    for b in range(batch):
+        table = keys[b].contiguous()
+        _native.index_topk(
+            q[b].data_ptr(), q.dtype == BF16, queries, heads, dim, table.data_ptr(),
+            weights[b].data_ptr(), start, ratio, k, out[b].data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
     return out
 
 

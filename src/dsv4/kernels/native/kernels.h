@@ -134,11 +134,12 @@ struct Pool {  // a row is a block; the first one starts at kv and gate
   bool overlap;
 };
 
-constexpr int64_t HEADS = 8;  // of one attention row
+constexpr int64_t HEADS = 8;  // of one query at once
 
-struct Attention {  // a row is a query and up to HEADS of its heads
+// `earlier` entries of the window are older than the first query. chosen [queries, k] or null.
+struct Attention {
   const void *q, *window, *rows;
-  const int64_t* chosen;  // [queries, k] or null
+  const int64_t* chosen;
   const float* sink;
   void* out;
   int64_t heads, width_of_head, earlier, width, start, ratio, k;
@@ -146,12 +147,25 @@ struct Attention {  // a row is a query and up to HEADS of its heads
   bool is_bf16;
 };
 
-struct IndexTopk {  // a row is a query
+// The result of up to HEADS heads of a query. The space is attention_space() bytes.
+using Attend = void(const Attention& job, int64_t query, int64_t head, int64_t heads,
+                    uint8_t* space);
+
+inline int64_t attention_space(int64_t keys) { return (keys + 16) * (8 + 4 * HEADS); }
+
+struct IndexTopk {
   const void *q, *keys, *weights;
-  int64_t* out;
-  int64_t heads, width, start, ratio, k;
+  int64_t heads, width;
   bool is_bf16;
 };
+
+// out[i] = the score of key i for a query, for i = begin .. end - 1.
+using IndexScores = void(const IndexTopk& job, int64_t query, int64_t begin, int64_t end,
+                         float* out);
+
+// The places of the k highest of `count` scores, ascending; of equal ones the first. -1 where there
+// are fewer.
+using Select = void(const float* scores, int64_t count, int64_t k, int64_t* out);
 
 constexpr int64_t MAX_STREAMS = 8;
 
@@ -172,6 +186,9 @@ struct Isa {
   Rowwise<HcExpand>* hc_expand;
   Rowwise<Sinkhorn>* sinkhorn;
   Rowwise<Pool>* pool;
+  Attend* attend;
+  IndexScores* index_scores;
+  Select* select;
 };
 
 inline int64_t arranged_bytes(int64_t inputs, bool pairs) {

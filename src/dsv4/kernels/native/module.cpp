@@ -165,6 +165,53 @@ void pool(uintptr_t kv, uintptr_t gate, int64_t blocks, int64_t stride, int64_t 
   by_rows(current()->pool, job, blocks, ratio * width, threads);
 }
 
+void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width_of_head,
+               uintptr_t window, int64_t earlier, int64_t width, uintptr_t rows, uintptr_t chosen,
+               int64_t k, uintptr_t sink, int64_t start, int64_t ratio, float scale, uintptr_t out,
+               int threads) {
+  Attention job{at<void>(q),   at<void>(window), at<void>(rows), at<int64_t>(chosen), at<float>(sink),
+                at<void>(out), heads,            width_of_head,  earlier,             width,
+                start,         ratio,            k,              scale,               is_bf16};
+  const int64_t seen = !rows ? 0 : chosen ? k : (start + queries) / ratio;
+  const int64_t parts = (heads + HEADS - 1) / HEADS, space = attention_space(width + seen);
+  const Isa* isa = current();
+  auto one = [&](int64_t task) {
+    static thread_local Array<uint8_t> kept;
+    static thread_local int64_t size = 0;
+    if (size < space) kept = make_array<uint8_t>(space), size = space;
+    const int64_t head = task % parts * HEADS;
+    isa->attend(job, task / parts, head, std::min(HEADS, heads - head), kept.get());
+  };
+  parallel(threads, queries * parts, one);
+}
+
+void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width,
+                uintptr_t keys, uintptr_t weights, int64_t start, int64_t ratio, int64_t k,
+                uintptr_t out, int threads) {
+  constexpr int64_t PART = 1024, ROOM = 1 << 22;  // keys of a task; scores kept at once
+  IndexTopk job{at<void>(q), at<void>(keys), at<void>(weights), heads, width, is_bf16};
+  const Isa* isa = current();
+  auto seen = [&](int64_t query) { return (start + query + 1) / ratio; };
+  const int64_t most = seen(queries - 1), parts = (most + PART - 1) / PART;
+  const int64_t group = std::clamp<int64_t>(ROOM / std::max<int64_t>(most, 1), 1, queries);
+  auto scores = make_array<float>(group * most);
+  for (int64_t first = 0; first < queries; first += group) {
+    const int64_t here = std::min(group, queries - first);
+    auto score = [&](int64_t task) {
+      const int64_t i = task / parts, begin = task % parts * PART;
+      const int64_t end = std::min(begin + PART, seen(first + i));
+      if (begin < end && seen(first + i) > k) {
+        isa->index_scores(job, first + i, begin, end, scores.get() + i * most);
+      }
+    };
+    parallel(threads, here * parts, score);
+    auto select = [&](int64_t i) {
+      isa->select(scores.get() + i * most, seen(first + i), k, at<int64_t>(out) + (first + i) * k);
+    };
+    parallel(threads, here, select);
+  }
+}
+
 // One expert's matrices: gate, up, down as (weight, scale, format, scale_bytes, outputs, inputs).
 using Address = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t>;
 
@@ -207,6 +254,8 @@ NB_MODULE(_native, m) {
   m.def("hc_expand", hc_expand, release);
   m.def("sinkhorn", sinkhorn, release);
   m.def("pool", pool, release);
+  m.def("attention", attention, release);
+  m.def("index_topk", index_topk, release);
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<>())
       .def("append", &Experts::append)
