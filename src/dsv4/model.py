@@ -386,19 +386,16 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """Experts ``[N, K]`` and weights ``[N, K]`` (float32) of rows ``x [N, d]``."""
-        scores = kernels.linear(x, self.weight, None, torch.float32)
-        scores = nn.functional.softplus(scores).sqrt()
-        if self.tid2eid is not None:
-            chosen = self.tid2eid[ids]
-        else:
-            assert self.bias is not None
-            chosen = (scores.detach() + self.bias).topk(self.c.num_experts_per_tok, -1).indices
-            if run.balance is not None:
-                run.balance.append((scores, chosen))
-        weights = scores.gather(-1, chosen)
-        if self.c.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights * self.c.routed_scaling_factor
+        c = self.c
+        logits = kernels.linear(x, self.weight, None, torch.float32)
+        given = None if self.tid2eid is None else self.tid2eid[ids]
+        scores, chosen, weights = kernels.route(
+            logits, self.bias, given, c.num_experts_per_tok, c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )  # fmt: skip
+        if given is None and run.balance is not None:
+            run.balance.append((scores, chosen))
+        return chosen, weights
 
 
 class Expert(nn.Module):
@@ -413,7 +410,7 @@ class Expert(nn.Module):
 
     def forward(self, xr: Tensor, nx: Numerics) -> Tensor:
         """``xr``: the input as ``w1.rounded`` gives it."""
-        act = kernels.swiglu(self.w1(xr, nx), self.w3(xr, nx), self.limit).to(nx.dtype)
+        act = kernels.swiglu(self.w1(xr, nx), self.w3(xr, nx), self.limit, nx.dtype)
         down: Tensor = self.w2(self.w2.rounded(act, nx), nx)
         return down
 
@@ -531,9 +528,10 @@ class _Collapsing(nn.Module):
 
     def collapse(self, streams: Tensor, run: Pass, head: Head) -> Tensor:
         """Float32 logits ``[..., V]`` of ``streams [..., h, d]``."""
-        logits = kernels.hc_logits(streams, self.hc_head_fn, run.config.rms_norm_eps)
-        pre = torch.sigmoid(logits * self.hc_head_scale + self.hc_head_base) + run.config.hc_eps
-        x = self.norm(kernels.hc_collapse(streams, pre, run.nx.dtype))
+        c = run.config
+        fn, scale, base = self.hc_head_fn, self.hc_head_scale, self.hc_head_base
+        x = kernels.hc_head(streams, fn, scale, base, c.hc_eps, c.rms_norm_eps, run.nx.dtype)
+        x = self.norm(x)
         return kernels.head(x, head.weight)
 
 

@@ -23,10 +23,6 @@ def hc_read(
     streams: int, bf16: bool, rows: int, h: int, d: int, fn: int, scale: int, base: int,
     eps: float, norm_eps: float, out: int, out_bf16: bool, post: int, comb: int, threads: int, /,
 ) -> None: ...
-def hc_collapse(
-    streams: int, bf16: bool, rows: int, h: int, d: int, pre: int, out: int, out_bf16: bool,
-    threads: int, /,
-) -> None: ...
 def hc_expand(
     x: int, x_bf16: bool, streams: int, bf16: bool, rows: int, h: int, d: int, post: int,
     comb: int, out: int, threads: int, /,
@@ -36,6 +32,14 @@ def sinkhorn(
 ) -> None: ...
 def pool(
     kv: int, gate: int, blocks: int, stride: int, ratio: int, width: int, overlap: bool, out: int,
+    threads: int, /,
+) -> None: ...
+def route(
+    logits: int, rows: int, experts: int, bias: int, k: int, normalize: bool, scale: float,
+    scores: int, chosen: int, weights: int, threads: int, /,
+) -> None: ...
+def swiglu(
+    gate: int, up: int, bf16: bool, rows: int, width: int, limit: float, out: int, out_bf16: bool,
     threads: int, /,
 ) -> None: ...
 def attention(

@@ -24,8 +24,8 @@ from .reference import Matrices, Stored
 FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.float32: 3}
 KERNELS = (
     "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
-    "hadamard_fp4", "hc_read", "hc_collapse", "hc_expand", "sinkhorn", "pool",
-    "attention", "index_topk",
+    "hadamard_fp4", "hc_read", "hc_head", "hc_expand", "sinkhorn", "pool",
+    "route", "swiglu", "attention", "index_topk",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
 FP4 = (torch.int8, torch.uint8)  # two codes in each
@@ -103,6 +103,41 @@ def routed_experts(
     table.experts.run(
         x.data_ptr(), dtype == BF16, x.shape[0], ids.data_ptr(), weights.data_ptr(), ids.shape[1],
         limit, round_activations, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def route(
+    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.route``."""
+    if not _plain(logits) or logits.dtype != F32 or (bias is not None and bias.dtype != F32):
+        return reference.route(logits, bias, chosen, k, normalize, scale)
+    rows, experts = logits.shape
+    logits, scores, weights = logits.contiguous(), torch.empty(rows, experts), torch.empty(rows, k)
+    if chosen is None:
+        assert bias is not None
+        chosen, bias_address = torch.empty(rows, k, dtype=torch.int64), bias.data_ptr()
+    else:
+        chosen, bias_address = chosen.contiguous(), 0
+    _native.route(
+        logits.data_ptr(), rows, experts, bias_address, k, normalize, scale, scores.data_ptr(),
+        chosen.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return scores, chosen, weights
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype = F32) -> Tensor:
+    """See ``reference.swiglu``."""
+    width = gate.shape[-1]
+    if width % 128 or not _plain(gate, up) or gate.dtype != up.dtype or dtype not in (BF16, F32):
+        return reference.swiglu(gate, up, limit, dtype)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate, dtype=dtype)
+    _native.swiglu(
+        gate.data_ptr(), up.data_ptr(), gate.dtype == BF16, gate.numel() // width, width, limit,
+        out.data_ptr(), dtype == BF16, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -289,16 +324,20 @@ def hc_read(
     return out, post, comb
 
 
-def hc_collapse(streams: Tensor, pre: Tensor, dtype: torch.dtype) -> Tensor:
-    """See ``reference.hc_collapse``."""
-    if not _streams_fit(streams, pre) or pre.dtype != F32:
-        return reference.hc_collapse(streams, pre, dtype)
+def hc_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.hc_head``."""
+    if not _streams_fit(streams, fn) or any(t.dtype != F32 for t in (fn, scale, base)):
+        return reference.hc_head(streams, fn, scale, base, eps, norm_eps, dtype)
     *lead, h, d = streams.shape
-    streams, pre = streams.contiguous(), pre.contiguous()
+    streams, scales = streams.contiguous(), scale.expand(3).contiguous()
     out = torch.empty(*lead, d, dtype=dtype)
-    _native.hc_collapse(
-        streams.data_ptr(), streams.dtype == BF16, pre.numel() // h, h, d, pre.data_ptr(),
-        out.data_ptr(), dtype == BF16, torch.get_num_threads(),
+    _native.hc_read(
+        streams.data_ptr(), streams.dtype == BF16, out.numel() // d, h, d, fn.data_ptr(),
+        scales.data_ptr(), base.data_ptr(), eps, norm_eps, out.data_ptr(), dtype == BF16, 0, 0,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -188,6 +188,15 @@ def hc_read(
     return hc_collapse(streams, pre, dtype), post, comb
 
 
+def hc_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The streams' end ``[..., d]``: a sum with weights that have logits as the gates do."""
+    pre = torch.sigmoid(hc_logits(streams, fn, norm_eps) * scale + base) + eps
+    return hc_collapse(streams, pre, dtype)
+
+
 def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     """Normalise columns, then ``iters - 1`` times rows and columns, of ``comb [..., h, h]``."""
     if comb.requires_grad:
@@ -480,12 +489,32 @@ class Matrices(Protocol):
     def __getitem__(self, expert: int, /) -> Stored: ...
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32."""
+def route(
+    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores ``[N, E]`` of the router's ``logits [N, E]``, experts and their weights ``[N, K]``.
+
+    Scores are ``sqrt(softplus(logits))``. The experts are ``chosen [N, K]``, or the ``k`` with the
+    highest score + ``bias [E]``; their weights are their scores, made to sum to one with
+    ``normalize``, times ``scale``.
+    """
+    scores = F.softplus(logits).sqrt()
+    if chosen is None:
+        assert bias is not None
+        chosen = (scores.detach() + bias).topk(k, -1).indices
+    weights = scores.gather(-1, chosen)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return scores, chosen, weights * scale
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32, rounded to ``dtype``."""
     gate, up = gate.float(), up.float()
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
+    return (F.silu(gate) * up).to(dtype)
 
 
 def routed_experts(

@@ -51,10 +51,10 @@ using Arrange = void(const void* from, bool is_bf16, int64_t inputs, Format form
 // A result depends on its two rows only: not on how many rows there are, or where they are.
 using Multiply = void(const Product& job, uint8_t* workspace);
 
-// out = weight * silu(min(gate, limit)) * clamp(up, -limit, limit), rounded to the rows' type and
-// then, if asked, to FP8 per 128. The width is a multiple of 128; a limit of 0 is none.
+// out = weight * silu(min(gate, limit)) * clamp(up, -limit, limit), rounded to out's type and then,
+// if asked, to FP8 per 128. The width is a multiple of 128; a limit of 0 is none.
 using Swiglu = void(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
-                    float limit, bool fp8, void* out);
+                    float limit, bool fp8, void* out, bool out_bf16);
 
 // out [width] = the sum of rows, in their order. The width is a multiple of 16.
 using Add = void(const void* const* rows, int64_t count, bool is_bf16, int64_t width, float* out);
@@ -95,20 +95,12 @@ struct RoundFp4 {  // Hadamard transform of 128 channels, then FP4 per 32
 };
 
 struct HcRead {
-  const void* streams;  // [h, d]
-  const float *logits, *scale, *base;
-  void* out;           // [d]
-  float *post, *comb;  // [h], [h, h]
-  int64_t h, d;
+  const void* streams;                 // [h, d]
+  const float *logits, *scale, *base;  // logits and base: [mixes]
+  void* out;                           // [d]
+  float *post, *comb;                  // [h], [h, h]; null for the head, which has `pre` only
+  int64_t h, d, mixes;
   float eps, norm_eps;
-  bool is_bf16, out_bf16;
-};
-
-struct HcCollapse {
-  const void* streams;
-  const float* pre;
-  void* out;
-  int64_t h, d;
   bool is_bf16, out_bf16;
 };
 
@@ -125,6 +117,15 @@ struct Sinkhorn {
   float* out;
   int64_t h, iters;
   float eps;
+};
+
+struct Route {  // a row is a token
+  const float *logits, *bias;  // [experts]; bias null: the experts are chosen already
+  float *scores, *weights;     // [experts], [k]
+  int64_t* chosen;             // [k]
+  int64_t experts, k;
+  float scale;
+  bool normalize;
 };
 
 struct Pool {  // a row is a block; the first one starts at kv and gate
@@ -182,10 +183,10 @@ struct Isa {
   Rowwise<RoundFp8>* round_fp8;
   Rowwise<RoundFp4>* round_fp4;
   Rowwise<HcRead>* hc_read;
-  Rowwise<HcCollapse>* hc_collapse;
   Rowwise<HcExpand>* hc_expand;
   Rowwise<Sinkhorn>* sinkhorn;
   Rowwise<Pool>* pool;
+  Rowwise<Route>* route;
   Attend* attend;
   IndexScores* index_scores;
   Select* select;

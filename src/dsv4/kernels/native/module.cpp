@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -128,21 +129,15 @@ void hadamard_fp4(uintptr_t x, bool is_bf16, int64_t rows, uintptr_t out, int th
 void hc_read(uintptr_t streams, bool is_bf16, int64_t rows, int64_t h, int64_t d, uintptr_t fn,
              uintptr_t scale, uintptr_t base, float eps, float norm_eps, uintptr_t out,
              bool out_bf16, uintptr_t post, uintptr_t comb, int threads) {
-  const int64_t mixes = (2 + h) * h;
+  const int64_t mixes = comb ? (2 + h) * h : h;
   auto logits = make_array<float>(rows * mixes);
   Weight weight{at<uint8_t>(fn), nullptr, mixes, h * d, Format::f32, 0};
   linear({at<void>(streams), rows, h * d, is_bf16}, weight, 1, logits.get(), false, threads);
   HcRead job{at<void>(streams), logits.get(),    at<float>(scale), at<float>(base),
              at<void>(out),     at<float>(post), at<float>(comb),  h,
-             d,                 eps,             norm_eps,         is_bf16,
-             out_bf16};
+             d,                 mixes,           eps,              norm_eps,
+             is_bf16,           out_bf16};
   by_rows(current()->hc_read, job, rows, h * d, threads);
-}
-
-void hc_collapse(uintptr_t streams, bool is_bf16, int64_t rows, int64_t h, int64_t d, uintptr_t pre,
-                 uintptr_t out, bool out_bf16, int threads) {
-  HcCollapse job{at<void>(streams), at<float>(pre), at<void>(out), h, d, is_bf16, out_bf16};
-  by_rows(current()->hc_collapse, job, rows, h * d, threads);
 }
 
 void hc_expand(uintptr_t x, bool x_bf16, uintptr_t streams, bool is_bf16, int64_t rows, int64_t h,
@@ -163,6 +158,27 @@ void pool(uintptr_t kv, uintptr_t gate, int64_t blocks, int64_t stride, int64_t 
           int64_t width, bool overlap, uintptr_t out, int threads) {
   Pool job{at<float>(kv), at<float>(gate), at<float>(out), stride, ratio, width, overlap};
   by_rows(current()->pool, job, blocks, ratio * width, threads);
+}
+
+void route(uintptr_t logits, int64_t rows, int64_t experts, uintptr_t bias, int64_t k,
+           bool normalize, float scale, uintptr_t scores, uintptr_t chosen, uintptr_t weights,
+           int threads) {
+  Route job{at<float>(logits), at<float>(bias), at<float>(scores), at<float>(weights),
+            at<int64_t>(chosen), experts, k, scale, normalize};
+  for (int64_t i = 0; !bias && i < rows * k; i++) {
+    if (job.chosen[i] < 0 || job.chosen[i] >= experts) throw std::out_of_range("no such expert");
+  }
+  by_rows(current()->route, job, rows, experts * (k + 16), threads);
+}
+
+void swiglu(uintptr_t gate, uintptr_t up, bool is_bf16, int64_t rows, int64_t width, float limit,
+            uintptr_t out, bool out_bf16, int threads) {
+  auto some = [&](int64_t i) {
+    auto row = [&](uintptr_t data, bool bf16) { return at<char>(data) + i * width * (bf16 ? 2 : 4); };
+    current()->swiglu(row(gate, is_bf16), row(up, is_bf16), is_bf16, width, 1.0f, limit, false,
+                      row(out, out_bf16), out_bf16);
+  };
+  parallel(rows * width < 1 << 15 ? 1 : threads, rows, some);
 }
 
 void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width_of_head,
@@ -250,10 +266,11 @@ NB_MODULE(_native, m) {
   m.def("fp8_round", fp8_round, release);
   m.def("hadamard_fp4", hadamard_fp4, release);
   m.def("hc_read", hc_read, release);
-  m.def("hc_collapse", hc_collapse, release);
   m.def("hc_expand", hc_expand, release);
   m.def("sinkhorn", sinkhorn, release);
   m.def("pool", pool, release);
+  m.def("route", route, release);
+  m.def("swiglu", swiglu, release);
   m.def("attention", attention, release);
   m.def("index_topk", index_topk, release);
   nb::class_<Experts>(m, "Experts")

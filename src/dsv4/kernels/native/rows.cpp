@@ -7,7 +7,7 @@ namespace DSV4_ISA {
 static constexpr int BLOCK = 128 / LANES;  // vectors of an FP8 block of activations
 
 void swiglu(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
-            float limit, bool fp8, void* out) {
+            float limit, bool fp8, void* out, bool out_bf16) {
   FlushSubnormals guard;
   f32x16 block[BLOCK];
   for (int64_t begin = 0; begin < width; begin += 128) {
@@ -19,10 +19,10 @@ void swiglu(const void* gate, const void* up, bool is_bf16, int64_t width, float
         u = where(u < splat(-limit), splat(-limit), u);
       }
       f32x16 act = g / (1.0f + exp(-g)) * u;
-      block[v] = rounded(splat(weight) * act, is_bf16);
+      block[v] = rounded(splat(weight) * act, out_bf16);
     }
     if (fp8) to_fp8(block, BLOCK);
-    for (int v = 0; v < BLOCK; v++) put(out, is_bf16, begin + LANES * v, block[v]);
+    for (int v = 0; v < BLOCK; v++) put(out, out_bf16, begin + LANES * v, block[v]);
   }
 }
 
@@ -135,6 +135,38 @@ void round_fp4(const dsv4::RoundFp4& job, int64_t begin, int64_t end) {
       }
       to_fp4(block);
       for (int v = 0; v < 2; v++) put(out, job.is_bf16, i + LANES * v, block[v]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------- router
+
+void route(const dsv4::Route& job, int64_t begin, int64_t end) {
+  FlushSubnormals guard;
+  const int64_t experts = job.experts, k = job.k;
+  for (int64_t row = begin; row < end; row++) {
+    const float* logits = job.logits + row * experts;
+    float *scores = job.scores + row * experts, *weights = job.weights + row * k;
+    int64_t* chosen = job.chosen + row * k;
+    for (int64_t e = 0; e < experts; e++) {  // the square root of softplus
+      float x = logits[e];
+      scores[e] = __builtin_sqrtf(x > 20 ? x : __builtin_log1pf(__builtin_expf(x)));
+    }
+    for (int64_t i = 0; job.bias && i < k; i++) {  // the highest not chosen yet, the first of equals
+      int64_t best = -1;
+      for (int64_t e = 0; e < experts; e++) {
+        bool taken = false;
+        for (int64_t j = 0; j < i; j++) taken = taken || chosen[j] == e;
+        if (!taken && (best < 0 || scores[e] + job.bias[e] > scores[best] + job.bias[best])) {
+          best = e;
+        }
+      }
+      chosen[i] = best;
+    }
+    float total = 0;
+    for (int64_t i = 0; i < k; i++) total = total + (weights[i] = scores[chosen[i]]);
+    for (int64_t i = 0; i < k; i++) {
+      weights[i] = (job.normalize ? weights[i] / total : weights[i]) * job.scale;
     }
   }
 }

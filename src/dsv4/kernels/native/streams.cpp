@@ -34,7 +34,7 @@ inline f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exp(-x)); }
 
 void hc_read(const dsv4::HcRead& job, int64_t begin, int64_t end) {
   FlushSubnormals guard;
-  const int64_t h = job.h, d = job.d, mixes = (2 + h) * h;
+  const int64_t h = job.h, d = job.d, mixes = job.mixes;
   for (int64_t row = begin; row < end; row++) {
     const char* streams = row_of(job.streams, row, h * d, job.is_bf16);
     f32x16 squares = {};
@@ -51,12 +51,11 @@ void hc_read(const dsv4::HcRead& job, int64_t begin, int64_t end) {
       mix[m] = job.logits[row * mixes + m] * factor * scale + job.base[m];
     }
     for (int64_t i = 0; i < 2 * h; i += LANES) store(gate + i, sigmoid(load<f32x16>(mix + i)));
-    for (int64_t j = 0; j < h; j++) {
-      gate[j] = gate[j] + job.eps;
-      job.post[row * h + j] = 2.0f * gate[h + j];
-    }
+    for (int64_t j = 0; j < h; j++) gate[j] = gate[j] + job.eps;
     collapse(streams, gate, h, d, job.is_bf16, row_of(job.out, row, d, job.out_bf16),
              job.out_bf16);
+    if (job.comb == nullptr) continue;
+    for (int64_t j = 0; j < h; j++) job.post[row * h + j] = 2.0f * gate[h + j];
 
     float* comb = mix + 2 * h;  // [h, h]: a softmax in each row
     for (int64_t i = 0; i < h; i++) {
@@ -72,14 +71,6 @@ void hc_read(const dsv4::HcRead& job, int64_t begin, int64_t end) {
         job.comb[(row * h + i) * h + j] = gate[i * h + j] / total + job.eps;
       }
     }
-  }
-}
-
-void hc_collapse(const dsv4::HcCollapse& job, int64_t begin, int64_t end) {
-  FlushSubnormals guard;
-  for (int64_t row = begin; row < end; row++) {
-    collapse(row_of(job.streams, row, job.h * job.d, job.is_bf16), job.pre + row * job.h, job.h,
-             job.d, job.is_bf16, row_of(job.out, row, job.d, job.out_bf16), job.out_bf16);
   }
 }
 
