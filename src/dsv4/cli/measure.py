@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,12 +49,6 @@ def bench_model(
 
     if model is not None and synth is not None:
         raise ConfigError("bench measures one model", expected="MODEL or --synth", got="both")
-    watched = sys.stderr.isatty()
-
-    def say(text: str) -> None:
-        if watched:
-            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
-
     report = run(
         model or "v4-nano",
         against=against,
@@ -63,9 +57,9 @@ def bench_model(
         new=new,
         repeats=repeats,
         threads=threads,
-        say=say,
+        say=_progress,
     )
-    say("")
+    _progress("")
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -98,13 +92,52 @@ def bench_model(
     table.add_row("median KL to float32", *(f"{e['agreement']['kl_median']:.1e}" for e in each))
     console = Console()
     console.print(table)
-    console.print(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, reads"
-        f" {machine['stream_read_gb_per_s']:.1f} GB/s, multiplies"
-        f" {machine['bf16_tflop_per_s']:.2f} (BF16) and {machine['f32_tflop_per_s']:.2f}"
-        " (F32) TFLOP/s",
-        highlight=False,
-    )
+    console.print(_machine_line(machine), highlight=False)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    shapes: Annotated[str, typer.Option(help="Of which preset: flash, pro or nano.")] = "flash",
+    repeats: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 7,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Each kernel beside what memory and matmul of this machine allow.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench kernels
+      dsv4 bench kernels --shapes nano --threads 1
+      DSV4_KERNELS=reference dsv4 bench kernels --repeats 3 --json
+    """
+    from ..bench_kernels import run
+
+    report = run(shapes, repeats=repeats, threads=threads, say=_progress)
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, names = report["machine"], report["kernels"]
+    table = Table(title=f"{names or 'torch reference'}, shapes of {shapes}", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for column in ("rows", "ms", "rate", "of the limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for case in report["cases"]:
+        rate = f"{case['gb_per_s']:.1f} GB/s"
+        if case["limit"] == "matmul":
+            rate = f"{case['tflop_per_s']:.3f} TFLOP/s"
+        table.add_row(
+            case["name"], f"{case['rows']}",
+            f"{case['ms']:.3f} ({case['ms_low']:.3f}-{case['ms_high']:.3f})", rate,
+            f"{case['of_limit']:.0%}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(_machine_line(machine), highlight=False)
 
 
 @app.command()
@@ -132,7 +165,7 @@ def doctor(as_json: Json = False) -> None:
         "threads": torch.get_num_threads(),
         "memory_bytes": page * os.sysconf("SC_PHYS_PAGES"),
         "disk_free_bytes": shutil.disk_usage(".").free,
-        "kernels": "torch reference; native kernels not built",
+        "kernels": _kernels(),
         "v4_nano": str(nano) if nano else None,
     }
     if as_json:
@@ -151,6 +184,34 @@ def doctor(as_json: Json = False) -> None:
     for key, value in shown.items():
         table.add_row(key.removesuffix("_bytes").replace("_", " "), str(value))
     Console().print(table)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, reads"
+        f" {machine['stream_read_gb_per_s']:.1f} GB/s, multiplies"
+        f" {machine['bf16_tflop_per_s']:.2f} (BF16) and {machine['f32_tflop_per_s']:.2f}"
+        " (F32) TFLOP/s"
+    )
+
+
+def _kernels() -> str:
+    import importlib.util
+
+    from .. import kernels
+
+    if kernels.NATIVE:
+        return f"native, {kernels.NATIVE}"
+    if os.environ.get("DSV4_KERNELS") == "reference":
+        return "torch reference, by DSV4_KERNELS"
+    if importlib.util.find_spec("dsv4.kernels._native") is None:
+        return "torch reference; native kernels not built (no C++ compiler at install)"
+    return "torch reference; this CPU has no vectors that the native kernels use"
 
 
 def _cpu_features() -> list[str]:
