@@ -33,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def receipt(*arguments: str) -> dict[str, Any]:
-    options = ["--prompt", "24", "--new", "4", "--repeats", "2", "--threads", "1", "--json"]
+    options = ["--repeats", "2", "--threads", "1", "--json"]
+    if arguments[0] != "kernels":
+        options += ["--prompt", "24", "--new", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "dsv4.cli", "bench", *arguments, *options],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -110,3 +112,21 @@ def test_the_shapes_to_compare_on() -> None:
         assert config.compress_ratios == bench.LAYERS
         size = sum(spec.bytes for spec in inventory(config).values())
         assert abs(size / total - 1) < 0.02
+
+
+def test_each_kernel_is_measured_beside_the_machine() -> None:
+    report = receipt("kernels", "--shapes", "nano")
+    assert report["machine"]["stream_read_gb_per_s"] > 0 and "kernels" in report
+    assert {case["name"].split(",")[0].split()[0] for case in report["cases"]} == {
+        "linear", "routed", "attention", "indexer", "mHC",
+    }  # fmt: skip
+    for case in report["cases"]:
+        assert 0 < case["ms_low"] <= case["ms"] <= case["ms_high"]
+        assert case["limit"] in ("memory", "matmul") and case["of_limit"] > 0
+
+
+def test_kernels_are_measured_at_known_shapes() -> None:
+    from dsv4 import bench_kernels
+
+    with pytest.raises(ConfigError, match="flash or pro or nano"):
+        bench_kernels.run("small")

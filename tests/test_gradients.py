@@ -124,7 +124,8 @@ def test_the_whole_loss_along_a_direction(attention: str) -> None:
     net, lengths = network(), [1, 70, 2, 41, 130]
     ids, weights = batch(lengths)
     objective = Objective(
-        attention=attention, balance_weight=0.1, index_weight=0.0, recompute=True, dtype=DOUBLE.dtype
+        attention=attention, balance_weight=0.1, index_weight=0.0, recompute=True,
+        dtype=DOUBLE.dtype,
     )
     trained = [p for n, p in net.named_parameters() if p.requires_grad and objective.trains(n)]
     generator = torch.Generator().manual_seed(1)

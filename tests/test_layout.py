@@ -14,6 +14,7 @@ SOURCE = Path(dsv4.__file__).parent
 ORDER = """
 cli
 chat
+bench_kernels
 bench
 server router
 evals

@@ -209,7 +209,7 @@ class Linear(nn.Module):
 
     def rounded(self, x: Tensor, nx: Numerics) -> Tensor:
         """``x`` as this weight's matmul reads it: FP8 in official numerics."""
-        return quant.fp8_round(x) if nx.official and self.scale is not None else x
+        return kernels.fp8_round(x) if nx.official and self.scale is not None else x
 
     def forward(self, x: Tensor, nx: Numerics) -> Tensor:
         return kernels.linear(x, *self.stored(nx), nx.dtype)
@@ -299,19 +299,20 @@ def kv_rounded(entries: Tensor, run: Pass) -> Tensor:
     """A KV entry as the cache holds it: FP8 per 64 channels, the rotated ones in BF16."""
     if not run.nx.official:
         return entries
-    plain = entries.shape[-1] - run.config.qk_rope_head_dim
-    return torch.cat((quant.fp8_round(entries[..., :plain], KV_BLOCK), entries[..., plain:]), -1)
+    return kernels.fp8_round(entries, KV_BLOCK, run.config.qk_rope_head_dim)
 
 
 def fp4_rotated(x: Tensor, nx: Numerics) -> Tensor:
     """Indexer queries and keys: Hadamard rotation, then FP4. It leaves dot products alone but
     for the rounding, so float32 numerics skip it. With ``qat`` the gradient passes the rounding
     unchanged."""
-    if not (nx.official or nx.qat):
+    if nx.official:
+        return kernels.hadamard_fp4(x)
+    if not nx.qat:
         return x
     turned = quant.hadamard(x)
     rounded = quant.fp4_round(turned.detach())
-    return turned + (rounded - turned).detach() if nx.qat else rounded
+    return turned + (rounded - turned).detach()
 
 
 class Indexer(nn.Module):
@@ -462,24 +463,18 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """Experts ``[N, K]`` and weights ``[N, K]`` (float32) of rows ``x [N, d]``."""
-        high = torch.promote_types(x.dtype, torch.float32)
-        scores = kernels.linear(x, self.weight, None, high)
-        scores = nn.functional.softplus(scores).sqrt()
+        c = self.c
+        logits = kernels.linear(x, self.weight, None, torch.promote_types(x.dtype, torch.float32))
+        given = run.routes[self] if run.routes is not None and self.tid2eid is None else None
         if self.tid2eid is not None:
-            chosen = self.tid2eid[ids]
-        else:
-            assert self.bias is not None
-            if run.routes is None:
-                preferred = scores.detach() + self.bias
-                chosen = preferred.topk(self.c.num_experts_per_tok, -1).indices
-            else:
-                chosen = run.routes[self]
-            if run.balance is not None:
-                run.balance.append((scores, chosen))
-        weights = scores.gather(-1, chosen)
-        if self.c.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights * self.c.routed_scaling_factor
+            given = self.tid2eid[ids]
+        scores, chosen, weights = kernels.route(
+            logits, self.bias, given, c.num_experts_per_tok, c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )  # fmt: skip
+        if self.tid2eid is None and run.balance is not None:
+            run.balance.append((scores, chosen))
+        return chosen, weights
 
 
 class Expert(nn.Module):
@@ -494,7 +489,7 @@ class Expert(nn.Module):
 
     def forward(self, xr: Tensor, nx: Numerics) -> Tensor:
         """``xr``: the input as ``w1.rounded`` gives it."""
-        act = kernels.swiglu(self.w1(xr, nx), self.w3(xr, nx), self.limit).to(nx.dtype)
+        act = kernels.swiglu(self.w1(xr, nx), self.w3(xr, nx), self.limit, nx.dtype)
         down: Tensor = self.w2(self.w2.rounded(act, nx), nx)
         return down
 
@@ -634,9 +629,10 @@ class _Collapsing(nn.Module):
 
     def collapse(self, streams: Tensor, run: Pass, head: Head) -> Tensor:
         """Float32 logits ``[..., V]`` of ``streams [..., h, d]``."""
-        logits = kernels.hc_logits(streams, self.hc_head_fn, run.config.rms_norm_eps)
-        pre = torch.sigmoid(logits * self.hc_head_scale + self.hc_head_base) + run.config.hc_eps
-        x = self.norm(kernels.hc_collapse(streams, pre, run.nx.dtype))
+        c = run.config
+        fn, scale, base = self.hc_head_fn, self.hc_head_scale, self.hc_head_base
+        x = kernels.hc_head(streams, fn, scale, base, c.hc_eps, c.rms_norm_eps, run.nx.dtype)
+        x = self.norm(x)
         return kernels.head(x, head.weight)
 
 

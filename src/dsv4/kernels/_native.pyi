@@ -1,9 +1,55 @@
+"""The C++ module (``native/module.cpp``): addresses and sizes."""
+
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def use(name: str) -> None: ...
 def linear(
     x: int, x_bf16: bool, rows: int, weight: int, scale: int, format: int, scale_bytes: int,
     outputs: int, inputs: int, groups: int, out: int, out_bf16: bool, threads: int, /,
+) -> None: ...
+def norm(
+    x: int, bf16: bool, rows: int, width: int, weight: int, weight_bf16: bool, eps: float,
+    out: int, threads: int, /,
+) -> None: ...
+def rope(
+    x: int, bf16: bool, rows: int, width: int, rotation: int, turned: int, heads: int,
+    positions: int, inverse: bool, out: int, threads: int, /,
+) -> None: ...
+def fp8_round(
+    x: int, bf16: bool, rows: int, width: int, block: int, keep: int, out: int, threads: int, /
+) -> None: ...
+def hadamard_fp4(x: int, bf16: bool, rows: int, out: int, threads: int, /) -> None: ...
+def hc_read(
+    streams: int, bf16: bool, rows: int, h: int, d: int, fn: int, scale: int, base: int,
+    eps: float, norm_eps: float, out: int, out_bf16: bool, post: int, comb: int, threads: int, /,
+) -> None: ...
+def hc_expand(
+    x: int, x_bf16: bool, streams: int, bf16: bool, rows: int, h: int, d: int, post: int,
+    comb: int, out: int, threads: int, /,
+) -> None: ...
+def sinkhorn(
+    comb: int, rows: int, h: int, iters: int, eps: float, out: int, threads: int, /
+) -> None: ...
+def pool(
+    kv: int, gate: int, blocks: int, stride: int, ratio: int, width: int, overlap: bool, out: int,
+    threads: int, /,
+) -> None: ...
+def route(
+    logits: int, rows: int, experts: int, bias: int, k: int, normalize: bool, scale: float,
+    scores: int, chosen: int, weights: int, threads: int, /,
+) -> None: ...
+def swiglu(
+    gate: int, up: int, bf16: bool, rows: int, width: int, limit: float, out: int, out_bf16: bool,
+    threads: int, /,
+) -> None: ...
+def attention(
+    q: int, bf16: bool, queries: int, heads: int, width_of_head: int, window: int, earlier: int,
+    width: int, rows: int, chosen: int, k: int, sink: int, start: int, ratio: int, scale: float,
+    out: int, threads: int, /,
+) -> None: ...
+def index_topk(
+    q: int, bf16: bool, queries: int, heads: int, width: int, keys: int, weights: int, start: int,
+    ratio: int, k: int, out: int, threads: int, /,
 ) -> None: ...
 
 Address = tuple[int, int, int, int, int, int]

@@ -22,19 +22,25 @@ from . import _native, reference
 from .reference import Matrices, Stored
 
 FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.float32: 3}
-KERNELS = ("linear", "grouped_linear", "head", "routed_experts")  # what is here and in the table
+KERNELS = (
+    "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
+    "hadamard_fp4", "hc_read", "hc_head", "hc_expand", "sinkhorn", "pool",
+    "route", "swiglu", "attention", "index_topk",
+)  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
 FP4 = (torch.int8, torch.uint8)  # two codes in each
 
 
 def isas() -> list[str]:
     """Instruction sets of this machine for which there are kernels, best first."""
-    return _native.isas()
+    names: list[str] = _native.isas()
+    return names
 
 
 def isa() -> str:
     """The instruction set in use."""
-    return _native.isa()
+    name: str = _native.isa()
+    return name
 
 
 def use(name: str) -> None:
@@ -42,6 +48,9 @@ def use(name: str) -> None:
     if name not in isas():
         raise ConfigError("no such instruction set here", expected=" or ".join(isas()), got=name)
     _native.use(name)
+
+
+# ---------------------------------------------------------------- products
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -58,8 +67,7 @@ def grouped_linear(
     if not _takes(x, weight, scale, dtype):
         return reference.grouped_linear(x, weight, scale, dtype)
     groups = x.shape[-2]
-    out = _linear(x.flatten(-2), weight, scale, dtype, groups)
-    return out.unflatten(-1, (groups, -1))
+    return _linear(x.flatten(-2), weight, scale, dtype, groups).view(*x.shape[:-1], -1)
 
 
 def head(x: Tensor, weight: Tensor) -> Tensor:
@@ -95,6 +103,41 @@ def routed_experts(
     table.experts.run(
         x.data_ptr(), dtype == BF16, x.shape[0], ids.data_ptr(), weights.data_ptr(), ids.shape[1],
         limit, round_activations, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def route(
+    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.route``."""
+    if not _plain(logits) or logits.dtype != F32 or (bias is not None and bias.dtype != F32):
+        return reference.route(logits, bias, chosen, k, normalize, scale)
+    rows, experts = logits.shape
+    logits, scores, weights = logits.contiguous(), torch.empty(rows, experts), torch.empty(rows, k)
+    if chosen is None:
+        assert bias is not None
+        chosen, bias_address = torch.empty(rows, k, dtype=torch.int64), bias.data_ptr()
+    else:
+        chosen, bias_address = chosen.contiguous(), 0
+    _native.route(
+        logits.data_ptr(), rows, experts, bias_address, k, normalize, scale, scores.data_ptr(),
+        chosen.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return scores, chosen, weights
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype = F32) -> Tensor:
+    """See ``reference.swiglu``."""
+    width = gate.shape[-1]
+    if width % 128 or not _plain(gate, up) or gate.dtype != up.dtype or dtype not in (BF16, F32):
+        return reference.swiglu(gate, up, limit, dtype)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate, dtype=dtype)
+    _native.swiglu(
+        gate.data_ptr(), up.data_ptr(), gate.dtype == BF16, gate.numel() // width, width, limit,
+        out.data_ptr(), dtype == BF16, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -181,6 +224,226 @@ def _linear(
         weight.data_ptr(), address, FORMATS[weight.dtype], size, outputs, inputs, groups,
         out.data_ptr(), dtype == BF16, torch.get_num_threads(),
     )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------- row by row
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these are numbers in the memory of this machine that need no gradient."""
+    grad = torch.is_grad_enabled()
+    return not any(
+        t.dtype not in (BF16, F32) or t.device.type != "cpu" or (grad and t.requires_grad)
+        for t in tensors
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """See ``reference.rms_norm``."""
+    width = x.shape[-1]
+    if width % 16 or not _plain(x if weight is None else weight, x):
+        return reference.rms_norm(x, weight, eps)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    address, bf16 = (0, False) if weight is None else (weight.data_ptr(), weight.dtype == BF16)
+    _native.norm(
+        x.data_ptr(), x.dtype == BF16, x.numel() // width, width, address, bf16, eps,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
+    """See ``reference.rope``."""
+    turned = 2 * rotation.shape[-2]
+    # [T, W, 2] against x [B, T, D], or [T, 1, W, 2] against x [B, T, H, D]
+    known = (x.shape[1], 1)[: x.dim() - 2] if x.dim() in (3, 4) else None
+    if rotation.shape[:-2] != known or turned % 32 or not _plain(x, rotation):
+        return reference.rope(x, rotation, inverse)
+    heads = x.shape[2] if x.dim() == 4 else 1
+    x, rotation = x.contiguous(), rotation.contiguous()
+    out = torch.empty_like(x)
+    _native.rope(
+        x.data_ptr(), x.dtype == BF16, x.numel() // x.shape[-1], x.shape[-1], rotation.data_ptr(),
+        turned, heads, x.shape[1], inverse, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def fp8_round(x: Tensor, block: int = 128, keep: int = 0) -> Tensor:
+    """See ``reference.fp8_round``."""
+    width = x.shape[-1]
+    if not _plain(x) or (width - keep) % block or block not in (64, 128):
+        return reference.fp8_round(x, block, keep)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _native.fp8_round(
+        x.data_ptr(), x.dtype == BF16, x.numel() // width, width, block, keep, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def hadamard_fp4(x: Tensor) -> Tensor:
+    """See ``reference.hadamard_fp4``."""
+    if not _plain(x) or x.shape[-1] != 128:
+        return reference.hadamard_fp4(x)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _native.hadamard_fp4(
+        x.data_ptr(), x.dtype == BF16, x.numel() // 128, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+# ---------------------------------------------------------------- hyper-connections, pooling
+
+
+def _streams_fit(streams: Tensor, *others: Tensor) -> bool:
+    h, d = streams.shape[-2:]
+    return h <= 8 and d % 16 == 0 and _plain(streams, *others)
+
+
+def hc_read(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.hc_read``."""
+    if not _streams_fit(streams, fn) or any(t.dtype != F32 for t in (fn, scale, base)):
+        return reference.hc_read(streams, fn, scale, base, eps, norm_eps, dtype)
+    *lead, h, d = streams.shape
+    streams = streams.contiguous()
+    out = torch.empty(*lead, d, dtype=dtype)
+    post, comb = torch.empty(*lead, h), torch.empty(*lead, h, h)
+    _native.hc_read(
+        streams.data_ptr(), streams.dtype == BF16, post.numel() // h, h, d, fn.data_ptr(),
+        scale.data_ptr(), base.data_ptr(), eps, norm_eps, out.data_ptr(), dtype == BF16,
+        post.data_ptr(), comb.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, post, comb
+
+
+def hc_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.hc_head``."""
+    if not _streams_fit(streams, fn) or any(t.dtype != F32 for t in (fn, scale, base)):
+        return reference.hc_head(streams, fn, scale, base, eps, norm_eps, dtype)
+    *lead, h, d = streams.shape
+    streams, scales = streams.contiguous(), scale.expand(3).contiguous()
+    out = torch.empty(*lead, d, dtype=dtype)
+    _native.hc_read(
+        streams.data_ptr(), streams.dtype == BF16, out.numel() // d, h, d, fn.data_ptr(),
+        scales.data_ptr(), base.data_ptr(), eps, norm_eps, out.data_ptr(), dtype == BF16, 0, 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """See ``reference.hc_expand``."""
+    if not _streams_fit(streams, out, post, comb) or {post.dtype, comb.dtype} != {F32}:
+        return reference.hc_expand(out, streams, post, comb)
+    h, d = streams.shape[-2:]
+    out, streams, post, comb = (t.contiguous() for t in (out, streams, post, comb))
+    new = torch.empty_like(streams)
+    _native.hc_expand(
+        out.data_ptr(), out.dtype == BF16, streams.data_ptr(), streams.dtype == BF16,
+        post.numel() // h, h, d, post.data_ptr(), comb.data_ptr(), new.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return new
+
+
+def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
+    """See ``reference.sinkhorn``."""
+    h = comb.shape[-1]
+    if comb.requires_grad or comb.dtype != F32 or h > 8 or not _plain(comb):
+        return reference.sinkhorn(comb, iters, eps)
+    comb = comb.contiguous()
+    out = torch.empty_like(comb)
+    _native.sinkhorn(
+        comb.data_ptr(), comb.numel() // (h * h), h, iters, eps, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:
+    """See ``reference.pool``."""
+    width = kv.shape[-1] // (1 + overlap)
+    alike = kv.stride()[1:] == gate.stride()[1:] and kv.stride(-1) == 1 and kv.shape[0] == 1
+    if not alike or width % 16 or not _plain(kv, gate) or {kv.dtype, gate.dtype} != {F32}:
+        return reference.pool(kv, gate, ratio, overlap)
+    blocks = kv.shape[1] // ratio - overlap
+    out = torch.empty(1, blocks, width)
+    _native.pool(
+        kv.data_ptr(), gate.data_ptr(), blocks, kv.stride(1), ratio, width, overlap,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention(
+    q: Tensor,
+    window: Tensor,
+    rows: Tensor | None,
+    chosen: Tensor | None,
+    sink: Tensor,
+    *,
+    start: int,
+    ratio: int,
+    width: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.attention``."""
+    batch, queries, heads, dim = q.shape
+    tables = (q, window) if rows is None else (q, window, rows)
+    there = rows is None or (start + queries) // ratio <= rows.shape[1]
+    alike = {t.dtype for t in tables} == {dtype}
+    if dim % 32 or not there or not alike or not _plain(*tables, sink):
+        return reference.attention(
+            q, window, rows, chosen, sink, start=start, ratio=ratio, width=width, scale=scale,
+            dtype=dtype,
+        )  # fmt: skip
+    q, sink = q.contiguous(), sink.float().contiguous()
+    out = torch.empty_like(q)
+    for b in range(batch):
+        near = window[b].contiguous()
+        far = None if rows is None else rows[b].contiguous()
+        picked = None if chosen is None else chosen[b].contiguous()
+        _native.attention(
+            q[b].data_ptr(), dtype == BF16, queries, heads, dim, near.data_ptr(),
+            near.shape[0] - queries, width, 0 if far is None else far.data_ptr(),
+            0 if picked is None else picked.data_ptr(), 0 if picked is None else picked.shape[1],
+            sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def index_topk(
+    q: Tensor, keys: Tensor, weights: Tensor, start: int, ratio: int, k: int
+) -> Tensor:
+    """See ``reference.index_topk``."""
+    batch, queries, heads, dim = q.shape
+    there = (start + queries) // ratio <= keys.shape[1]
+    alike = q.dtype == keys.dtype == weights.dtype
+    if dim % 32 or not there or not alike or not _plain(q, keys, weights):
+        return reference.index_topk(q, keys, weights, start, ratio, k)
+    q, weights = q.contiguous(), weights.contiguous()
+    out = torch.empty(batch, queries, k, dtype=torch.int64)
+    for b in range(batch):
+        table = keys[b].contiguous()
+        _native.index_topk(
+            q[b].data_ptr(), q.dtype == BF16, queries, heads, dim, table.data_ptr(),
+            weights[b].data_ptr(), start, ratio, k, out[b].data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
     return out
 
 

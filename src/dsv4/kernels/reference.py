@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant import FP8_BLOCK, dequantize, fp8_round, number, times_row, wide
+from .. import quant
+from ..quant import FP8_BLOCK, dequantize, number, times_row, wide
 
 QUERY_BLOCK = 128  # queries handled together in attention and index scores
 
@@ -128,6 +129,20 @@ def norm_rope(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
     return rope(rms_norm(x, None, eps), rotation.unsqueeze(-3))
 
 
+def fp8_round(x: Tensor, block: int = FP8_BLOCK, keep: int = 0) -> Tensor:
+    """``x`` as it looks after FP8 quantisation per ``block`` channels (``quant.fp8_round``), but
+    for the last ``keep`` channels, which stay as they are."""
+    if keep == 0:
+        return quant.fp8_round(x, block)
+    first, last = x.split_with_sizes((x.shape[-1] - keep, keep), -1)
+    return torch.cat((quant.fp8_round(first, block), last), -1)
+
+
+def hadamard_fp4(x: Tensor) -> Tensor:
+    """``x`` after a Hadamard rotation of its last axis and FP4 quantisation per 32 channels."""
+    return quant.fp4_round(quant.hadamard(x))
+
+
 # ---------------------------------------------------------------- hyper-connections (mHC)
 
 
@@ -180,6 +195,15 @@ def hc_read(
     """A site's input ``[..., d]`` and its post and comb gates (comb before Sinkhorn)."""
     pre, post, comb = hc_gates(hc_logits(streams, fn, norm_eps), scale, base, eps)
     return hc_collapse(streams, pre, dtype), post, comb
+
+
+def hc_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The streams' end ``[..., d]``: a sum with weights that have logits as the gates do."""
+    pre = torch.sigmoid(hc_logits(streams, fn, norm_eps) * scale + base) + eps
+    return hc_collapse(streams, pre, dtype)
 
 
 def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
@@ -277,14 +301,22 @@ def compress(kv: Tensor, gate: Tensor, bias: Tensor, ratio: int, overlap: bool) 
     D, or 2 D with ``overlap``; see ``pool``. A tail shorter than ``ratio`` is left out. Rounded
     to ``kv``'s dtype once.
     """
-    dtype, count = kv.dtype, kv.shape[1] // ratio
+    whole = whole_blocks(kv, gate, bias, ratio, overlap)
+    return pool(*whole, ratio, overlap).to(kv.dtype)
+
+
+def whole_blocks(
+    kv: Tensor, gate: Tensor, bias: Tensor, ratio: int, overlap: bool
+) -> tuple[Tensor, Tensor]:
+    """What ``pool`` takes of the sequences that ``compress`` is given."""
+    count = kv.shape[1] // ratio
     kv, gate = wide(kv[:, : count * ratio]), wide(gate[:, : count * ratio])
     # repeated, not indexed: the gradient of a repetition is summed in a fixed order
     gate = gate + wide(bias).repeat(count, 1)
     if overlap:
         kv = F.pad(kv, (0, 0, ratio, 0))
         gate = F.pad(gate, (0, 0, ratio, 0), value=-torch.inf)
-    return pool(kv, gate, ratio, overlap).to(dtype)
+    return kv, gate
 
 
 def visible_rows(start: int, count: int, ratio: int, device: torch.device) -> Tensor:
@@ -452,6 +484,11 @@ def attention(
             assert rows is not None and chosen is not None
             out.append(_gathered(qs, near, rows, chosen[:, block.queries], sink,
                                  block.first, width, scale, dtype))
+        elif q.requires_grad:
+            alone = block._replace(queries=slice(0, qs.shape[1]), near=slice(0, near.shape[1]))
+            out.append(_Attention.apply(  # type: ignore[no-untyped-call]
+                qs, near, rows, sink, [alone], scale, dtype
+            ))
         else:
             keys = near if rows is None else torch.cat((near, rows[:, block.far]), 1)
             out.append(_softmax_attention(qs, keys, block.hidden, sink, scale, dtype))
@@ -555,7 +592,9 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def weights(q, keys, hidden, sink, scale):  # type: ignore[no-untyped-def]
+    def weights(
+        q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float
+    ) -> Tensor:
         """Of queries ``[B, n, H, D]`` for ``keys [B, 1 + S, D]``: ``[B, n * H, 1 + S]``."""
         b, n, h, _ = q.shape
         scores = torch.baddbmm(
@@ -602,7 +641,7 @@ class _Attention(torch.autograd.Function):
             dwindow[:, block.near] += dkeys[:, :size]
             if drows is not None:
                 drows[:, block.far] += dkeys[:, size:]
-        drows = None if rows is None else drows.to(rows.dtype)
+        drows = None if drows is None else drows.to(rows.dtype)
         return dq, dwindow.to(window.dtype), drows, dsink.to(sink.dtype), None, None, None
 
 
@@ -663,12 +702,32 @@ class Matrices(Protocol):
     def __getitem__(self, expert: int, /) -> Stored: ...
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32."""
+def route(
+    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores ``[N, E]`` of the router's ``logits [N, E]``, experts and their weights ``[N, K]``.
+
+    Scores are ``sqrt(softplus(logits))``. The experts are ``chosen [N, K]``, or the ``k`` with the
+    highest score + ``bias [E]``; their weights are their scores, made to sum to one with
+    ``normalize``, times ``scale``.
+    """
+    scores = F.softplus(logits).sqrt()
+    if chosen is None:
+        assert bias is not None
+        chosen = (scores.detach() + bias).topk(k, -1).indices
+    weights = scores.gather(-1, chosen)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return scores, chosen, weights * scale
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32, rounded to ``dtype``."""
     gate, up = wide(gate), wide(up)
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
+    return (F.silu(gate) * up).to(dtype)
 
 
 def routed_experts(

@@ -2,7 +2,8 @@
 
 Each operation reads its tensors once, keeps only what it was given, and computes the rest again
 backwards. Results are those of the reference up to rounding; gates and sums are float32. What the
-library does not take (another dtype, device or number of streams) goes to the reference.
+library does not take (another dtype, device or number of streams) goes to the reference, and what
+has no gradient to ``native``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def hc_read(
     """See ``reference.hc_read``."""
     trained = streams.requires_grad and dtype == streams.dtype and streams.shape[-2] == STREAMS
     if not trained or not _native_takes(streams):
-        return reference.hc_read(streams, fn, scale, base, eps, norm_eps, dtype)
+        return native.hc_read(streams, fn, scale, base, eps, norm_eps, dtype)
     x, logits = _Read.apply(  # type: ignore[no-untyped-call]
         streams, fn, scale[0], base[:STREAMS], eps, norm_eps
     )
@@ -47,7 +48,7 @@ def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tenso
     """See ``reference.hc_expand``."""
     trained = streams.requires_grad and out.dtype == streams.dtype and post.shape[-1] == STREAMS
     if not trained or not _native_takes(streams, out):
-        return reference.hc_expand(out, streams, post, comb)
+        return native.hc_expand(out, streams, post, comb)
     fresh: Tensor = _Expand.apply(out, streams, post, comb)  # type: ignore[no-untyped-call]
     return fresh
 
@@ -55,7 +56,8 @@ def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tenso
 def compress(kv: Tensor, gate: Tensor, bias: Tensor, ratio: int, overlap: bool) -> Tensor:
     """See ``reference.compress``."""
     if not kv.requires_grad or kv.shape[1] < ratio or not _native_takes(kv, gate):
-        return reference.compress(kv, gate, bias, ratio, overlap)
+        whole = reference.whole_blocks(kv, gate, bias, ratio, overlap)
+        return native.pool(*whole, ratio, overlap).to(kv.dtype)
     entries: Tensor = _Compress.apply(  # type: ignore[no-untyped-call]
         kv, gate, bias, ratio, overlap
     )
@@ -65,7 +67,7 @@ def compress(kv: Tensor, gate: Tensor, bias: Tensor, ratio: int, overlap: bool) 
 def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     """See ``reference.sinkhorn``."""
     if not comb.requires_grad or comb.dtype != torch.float32 or comb.shape[-1] != STREAMS:
-        return reference.sinkhorn(comb, iters, eps)
+        return native.sinkhorn(comb, iters, eps)
     out: Tensor = _Sinkhorn.apply(comb, iters, eps)  # type: ignore[no-untyped-call]
     return out
 
@@ -73,7 +75,7 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
 def norm_rope(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
     """See ``reference.norm_rope``."""
     if not x.requires_grad or not _turns(x, rotation.unsqueeze(-3)):
-        return reference.norm_rope(x, rotation, eps)
+        return native.rope(native.rms_norm(x, None, eps), rotation.unsqueeze(-3))
     out: Tensor = _NormRope.apply(x, rotation, eps)  # type: ignore[no-untyped-call]
     return out
 
@@ -81,7 +83,7 @@ def norm_rope(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
 def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
     """See ``reference.rope``."""
     if not x.requires_grad or not _turns(x, rotation):
-        return reference.rope(x, rotation, inverse)
+        return native.rope(x, rotation, inverse)
     out: Tensor = _Rope.apply(x, rotation, inverse)  # type: ignore[no-untyped-call]
     return out
 
@@ -127,10 +129,11 @@ class _Sinkhorn(torch.autograd.Function):
     def forward(ctx: Any, comb, iters, eps):  # type: ignore[no-untyped-def]
         comb = comb.contiguous()
         out = torch.empty_like(comb)
-        ctx.settings = comb.numel() // STREAMS**2, iters, eps
+        ctx.settings = iters, eps
         _native.train_sinkhorn(
-            comb.data_ptr(), *ctx.settings, out.data_ptr(), torch.get_num_threads()
-        )
+            comb.data_ptr(), comb.numel() // STREAMS**2, iters, eps, out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
         ctx.save_for_backward(comb)
         return out
 
@@ -138,9 +141,10 @@ class _Sinkhorn(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         (comb,) = ctx.saved_tensors
         out, grad = torch.empty_like(comb), grad.contiguous()
+        iters, eps = ctx.settings
         _native.train_sinkhorn_back(
-            comb.data_ptr(), grad.data_ptr(), *ctx.settings, out.data_ptr(),
-            torch.get_num_threads(),
+            comb.data_ptr(), grad.data_ptr(), comb.numel() // STREAMS**2, iters, eps,
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out, None, None
 
@@ -260,9 +264,9 @@ class _Experts(torch.autograd.Function):
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         dshare = torch.empty_like(share)
         _native.train_swiglu_back(
-            gate.data_ptr(), up.data_ptr(), dact.data_ptr(), _bf16(xs), *gate.shape,
-            share.data_ptr(), ctx.limit, dgate.data_ptr(), dup.data_ptr(), dshare.data_ptr(),
-            torch.get_num_threads(),
+            gate.data_ptr(), up.data_ptr(), dact.data_ptr(), _bf16(xs), gate.shape[0],
+            gate.shape[1], share.data_ptr(), ctx.limit, dgate.data_ptr(), dup.data_ptr(),
+            dshare.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         dx = torch.empty_like(xs)
         for e, a, b in ctx.used:
@@ -344,12 +348,13 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         out, streams, post, comb = ctx.saved_tensors
         grad = grad.contiguous()
-        made = [torch.empty_like(x) for x in (out, streams, post, comb)]
+        dout, dstreams, dpost, dcomb = map(torch.empty_like, (out, streams, post, comb))
         _native.train_hc_expand_back(
             grad.data_ptr(), out.data_ptr(), *_at(streams), *_rows(out), post.data_ptr(),
-            comb.data_ptr(), *(x.data_ptr() for x in made), torch.get_num_threads(),
+            comb.data_ptr(), dout.data_ptr(), dstreams.data_ptr(), dpost.data_ptr(),
+            dcomb.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return tuple(made)
+        return dout, dstreams, dpost, dcomb
 
 
 class _Compress(torch.autograd.Function):
@@ -359,23 +364,24 @@ class _Compress(torch.autograd.Function):
     def forward(ctx: Any, kv, gate, bias, ratio, overlap):  # type: ignore[no-untyped-def]
         kv, gate, bias = kv.contiguous(), gate.contiguous(), bias.float().contiguous()
         dim = kv.shape[2] // (1 + overlap)
-        ctx.shape = (_bf16(kv), overlap, ratio, dim, kv.shape[0], kv.shape[1])
+        ctx.ratio, ctx.overlap, ctx.dim = ratio, overlap, dim
         entries = kv.new_empty(kv.shape[0], kv.shape[1] // ratio, dim)
         _native.train_pool(
-            kv.data_ptr(), gate.data_ptr(), bias.data_ptr(), *ctx.shape, entries.data_ptr(),
-            torch.get_num_threads(),
-        )
+            kv.data_ptr(), gate.data_ptr(), bias.data_ptr(), _bf16(kv), overlap, ratio, dim,
+            kv.shape[0], kv.shape[1], entries.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
         ctx.save_for_backward(kv, gate, bias)
         return entries
 
     @staticmethod
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         kv, gate, bias = ctx.saved_tensors
-        ratio = ctx.shape[2]
+        ratio = ctx.ratio
         dkv, dgate = torch.zeros_like(kv), torch.zeros_like(gate)
         _native.train_pool_back(
-            kv.data_ptr(), gate.data_ptr(), bias.data_ptr(), *ctx.shape,
-            grad.contiguous().data_ptr(), dkv.data_ptr(), dgate.data_ptr(), torch.get_num_threads(),
+            kv.data_ptr(), gate.data_ptr(), bias.data_ptr(), _bf16(kv), ctx.overlap, ratio, ctx.dim,
+            kv.shape[0], kv.shape[1], grad.contiguous().data_ptr(), dkv.data_ptr(),
+            dgate.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         whole = dgate[:, : kv.shape[1] // ratio * ratio]
         dbias = whole.unflatten(1, (-1, ratio)).sum((0, 1), dtype=torch.float32)

@@ -60,7 +60,7 @@ void routed_experts(const std::vector<Expert>& experts, const Rows& x, const int
   auto activate = [&](int64_t at) {
     char* row = gate.get() + at * width * element;
     isa->swiglu(row, up.get() + at * width * element, x.is_bf16, width, weights[order[at]], limit,
-                fp8, row);
+                fp8, row, x.is_bf16);
     isa->arrange(row, x.is_bf16, width, format, as_pair, acts.get() + at * act_bytes);
   };
   parallel(pairs * width < 1 << 15 ? 1 : threads, pairs, activate);

@@ -58,8 +58,29 @@ inline void put(void* row, bool is_bf16, int64_t i, f32x16 x) {
   }
 }
 
+inline float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+
 // x as it is after rounding to `row`'s type.
 inline f32x16 rounded(f32x16 x, bool to_bf16) { return to_bf16 ? widen(narrow(x)) : x; }
+
+// Numbers 0, 2, 4, ... and 1, 3, 5, ... of the 32 in a and b, and how they lay.
+struct Apart {
+  f32x16 even, odd;
+};
+
+inline Apart apart(f32x16 a, f32x16 b) {
+  return {__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+}
+
+inline f32x16 first_half(f32x16 even, f32x16 odd) {
+  return __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+
+inline f32x16 second_half(f32x16 even, f32x16 odd) {
+  return __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
+}
 
 // The smallest power of two >= x, for positive x.
 inline float ceil_power(float x) {
@@ -71,7 +92,7 @@ inline float ceil_power(float x) {
 }
 
 // Numbers as they are after FP8 with one scale, in place: `vectors` vectors.
-inline void round_fp8(f32x16* x, int vectors) {
+inline void to_fp8(f32x16* x, int vectors) {
   f32x16 most = abs(x[0]);
   for (int v = 1; v < vectors; v++) most = max(abs(x[v]), most);
   float amax = largest(most);

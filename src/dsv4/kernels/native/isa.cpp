@@ -9,10 +9,24 @@ dsv4::Arrange arrange;
 dsv4::Multiply multiply;
 dsv4::Swiglu swiglu;
 dsv4::Add add;
+dsv4::Rowwise<dsv4::Norm> norm;
+dsv4::Rowwise<dsv4::Rope> rope;
+dsv4::Rowwise<dsv4::RoundFp8> round_fp8;
+dsv4::Rowwise<dsv4::RoundFp4> round_fp4;
+dsv4::Rowwise<dsv4::HcRead> hc_read;
+dsv4::Rowwise<dsv4::HcExpand> hc_expand;
+dsv4::Rowwise<dsv4::Sinkhorn> sinkhorn;
+dsv4::Rowwise<dsv4::Pool> pool;
+dsv4::Rowwise<dsv4::Route> route;
+dsv4::Attend attend;
+dsv4::IndexScores index_scores;
+dsv4::Select select;
 
 extern const dsv4::Training training;
 extern const dsv4::Isa isa;
-const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange, multiply, swiglu, add,
-                        &training};
+const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange,   multiply,    swiglu, add, norm,
+                       rope,          round_fp8,       round_fp4, hc_read,     hc_expand,
+                       sinkhorn,      pool,            route,     attend,      index_scores,
+                       select,        &training};
 
 }  // namespace DSV4_ISA

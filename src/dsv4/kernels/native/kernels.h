@@ -51,13 +51,124 @@ using Arrange = void(const void* from, bool is_bf16, int64_t inputs, Format form
 // A result depends on its two rows only: not on how many rows there are, or where they are.
 using Multiply = void(const Product& job, uint8_t* workspace);
 
-// out = weight * silu(min(gate, limit)) * clamp(up, -limit, limit), rounded to the rows' type and
-// then, if asked, to FP8 per 128. The width is a multiple of 128; a limit of 0 is none.
+// out = weight * silu(min(gate, limit)) * clamp(up, -limit, limit), rounded to out's type and then,
+// if asked, to FP8 per 128. The width is a multiple of 128; a limit of 0 is none.
 using Swiglu = void(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
-                    float limit, bool fp8, void* out);
+                    float limit, bool fp8, void* out, bool out_bf16);
 
 // out [width] = the sum of rows, in their order. The width is a multiple of 16.
 using Add = void(const void* const* rows, int64_t count, bool is_bf16, int64_t width, float* out);
+
+// What follows is computed for rows begin .. end - 1 of what it describes. Numbers are bfloat16 or
+// float32 (is_bf16), rows lie one after the other unless a stride is given, and widths are multiples
+// of 16. Each struct is one kernel of reference.py, where its meaning is.
+template <class Job>
+using Rowwise = void(const Job& job, int64_t begin, int64_t end);
+
+struct Norm {  // weight null: none, and every step rounds
+  const void *x, *weight;
+  void* out;
+  int64_t width;
+  float eps;
+  bool is_bf16, weight_bf16;
+};
+
+struct Rope {  // rows are [positions, heads]; the last `turned` channels are rotated
+  const void* x;
+  const float* rotation;  // [positions, turned / 2, 2]
+  void* out;
+  int64_t width, turned, heads, positions;
+  bool inverse, is_bf16;
+};
+
+struct RoundFp8 {  // all but the last `keep` channels, per `block`
+  const void* x;
+  void* out;
+  int64_t width, block, keep;
+  bool is_bf16;
+};
+
+struct RoundFp4 {  // Hadamard transform of 128 channels, then FP4 per 32
+  const void* x;
+  void* out;
+  bool is_bf16;
+};
+
+struct HcRead {
+  const void* streams;                 // [h, d]
+  const float *logits, *scale, *base;  // logits and base: [mixes]
+  void* out;                           // [d]
+  float *post, *comb;                  // [h], [h, h]; null for the head, which has `pre` only
+  int64_t h, d, mixes;
+  float eps, norm_eps;
+  bool is_bf16, out_bf16;
+};
+
+struct HcExpand {
+  const void *x, *streams;
+  const float *post, *comb;
+  void* out;
+  int64_t h, d;
+  bool x_bf16, is_bf16;
+};
+
+struct Sinkhorn {
+  const float* comb;
+  float* out;
+  int64_t h, iters;
+  float eps;
+};
+
+struct Route {  // a row is a token
+  const float *logits, *bias;  // [experts]; bias null: the experts are chosen already
+  float *scores, *weights;     // [experts], [k]
+  int64_t* chosen;             // [k]
+  int64_t experts, k;
+  float scale;
+  bool normalize;
+};
+
+struct Pool {  // a row is a block; the first one starts at kv and gate
+  const float *kv, *gate;
+  float* out;
+  int64_t stride, ratio, width;
+  bool overlap;
+};
+
+constexpr int64_t HEADS = 8;  // of one query at once
+
+// `earlier` entries of the window are older than the first query. chosen [queries, k] or null.
+struct Attention {
+  const void *q, *window, *rows;
+  const int64_t* chosen;
+  const float* sink;
+  void* out;
+  int64_t heads, width_of_head, earlier, width, start, ratio, k;
+  float scale;
+  bool is_bf16;
+};
+
+// The result of up to HEADS heads of a query. The space is attention_space() bytes.
+using Attend = void(const Attention& job, int64_t query, int64_t head, int64_t heads,
+                    uint8_t* space);
+
+inline int64_t attention_space(int64_t keys) { return (keys + 16) * (8 + 4 * HEADS); }
+
+struct IndexTopk {
+  const void *q, *keys, *weights;
+  int64_t heads, width;
+  bool is_bf16;
+};
+
+// out[i] = the score of key i for a query, for i = begin .. end - 1.
+using IndexScores = void(const IndexTopk& job, int64_t query, int64_t begin, int64_t end,
+                         float* out);
+
+// The places of the k highest of `count` scores, ascending; of equal ones the first. -1 where there
+// are fewer.
+using Select = void(const float* scores, int64_t count, int64_t k, int64_t* out);
+
+constexpr int64_t MAX_STREAMS = 8;
 
 // The kernels of one instruction set. All of them give the same bits.
 struct Isa {
@@ -67,6 +178,18 @@ struct Isa {
   Multiply* multiply;
   Swiglu* swiglu;
   Add* add;
+  Rowwise<Norm>* norm;
+  Rowwise<Rope>* rope;
+  Rowwise<RoundFp8>* round_fp8;
+  Rowwise<RoundFp4>* round_fp4;
+  Rowwise<HcRead>* hc_read;
+  Rowwise<HcExpand>* hc_expand;
+  Rowwise<Sinkhorn>* sinkhorn;
+  Rowwise<Pool>* pool;
+  Rowwise<Route>* route;
+  Attend* attend;
+  IndexScores* index_scores;
+  Select* select;
   const struct Training* training;
 };
 

@@ -4,13 +4,16 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "experts.h"
 #include "linear.h"
+#include "pool.h"
 #include "training_module.h"
 
 namespace nb = nanobind;
@@ -91,6 +94,141 @@ void linear_of(uintptr_t x, bool x_bf16, int64_t rows, uintptr_t weight, uintptr
   linear({at<void>(x), rows, groups * inputs, x_bf16}, w, groups, at<void>(out), out_bf16, threads);
 }
 
+// Runs a kernel over `rows` rows, `each` numbers of work apiece, in parts worth a thread.
+template <class Job>
+void by_rows(Rowwise<Job>* kernel, const Job& job, int64_t rows, int64_t each, int threads) {
+  constexpr int64_t PART = 1 << 14, GRAIN = 16;
+  const int64_t part = std::max<int64_t>(1, PART / std::max<int64_t>(each, 1) / GRAIN) * GRAIN;
+  auto some = [&](int64_t i) { kernel(job, i * part, std::min(rows, (i + 1) * part)); };
+  parallel(threads, (rows + part - 1) / part, some);
+}
+
+void norm(uintptr_t x, bool is_bf16, int64_t rows, int64_t width, uintptr_t weight,
+          bool weight_bf16, float eps, uintptr_t out, int threads) {
+  Norm job{at<void>(x), at<void>(weight), at<void>(out), width, eps, is_bf16, weight_bf16};
+  by_rows(current()->norm, job, rows, width, threads);
+}
+
+void rope(uintptr_t x, bool is_bf16, int64_t rows, int64_t width, uintptr_t rotation,
+          int64_t turned, int64_t heads, int64_t positions, bool inverse, uintptr_t out,
+          int threads) {
+  Rope job{at<void>(x), at<float>(rotation), at<void>(out), width,  turned,
+           heads,       positions,           inverse,       is_bf16};
+  by_rows(current()->rope, job, rows, width, threads);
+}
+
+void fp8_round(uintptr_t x, bool is_bf16, int64_t rows, int64_t width, int64_t block, int64_t keep,
+               uintptr_t out, int threads) {
+  RoundFp8 job{at<void>(x), at<void>(out), width, block, keep, is_bf16};
+  by_rows(current()->round_fp8, job, rows, width, threads);
+}
+
+void hadamard_fp4(uintptr_t x, bool is_bf16, int64_t rows, uintptr_t out, int threads) {
+  by_rows(current()->round_fp4, RoundFp4{at<void>(x), at<void>(out), is_bf16}, rows, 512, threads);
+}
+
+void hc_read(uintptr_t streams, bool is_bf16, int64_t rows, int64_t h, int64_t d, uintptr_t fn,
+             uintptr_t scale, uintptr_t base, float eps, float norm_eps, uintptr_t out,
+             bool out_bf16, uintptr_t post, uintptr_t comb, int threads) {
+  const int64_t mixes = comb ? (2 + h) * h : h;
+  auto logits = make_array<float>(rows * mixes);
+  Weight weight{at<uint8_t>(fn), nullptr, mixes, h * d, Format::f32, 0};
+  linear({at<void>(streams), rows, h * d, is_bf16}, weight, 1, logits.get(), false, threads);
+  HcRead job{at<void>(streams), logits.get(),    at<float>(scale), at<float>(base),
+             at<void>(out),     at<float>(post), at<float>(comb),  h,
+             d,                 mixes,           eps,              norm_eps,
+             is_bf16,           out_bf16};
+  by_rows(current()->hc_read, job, rows, h * d, threads);
+}
+
+void hc_expand(uintptr_t x, bool x_bf16, uintptr_t streams, bool is_bf16, int64_t rows, int64_t h,
+               int64_t d, uintptr_t post, uintptr_t comb, uintptr_t out, int threads) {
+  HcExpand job{at<void>(x),   at<void>(streams), at<float>(post), at<float>(comb),
+               at<void>(out), h,                 d,               x_bf16,
+               is_bf16};
+  by_rows(current()->hc_expand, job, rows, h * d, threads);
+}
+
+void sinkhorn(uintptr_t comb, int64_t rows, int64_t h, int64_t iters, float eps, uintptr_t out,
+              int threads) {
+  Sinkhorn job{at<float>(comb), at<float>(out), h, iters, eps};
+  by_rows(current()->sinkhorn, job, rows, iters * h * h, threads);
+}
+
+void pool(uintptr_t kv, uintptr_t gate, int64_t blocks, int64_t stride, int64_t ratio,
+          int64_t width, bool overlap, uintptr_t out, int threads) {
+  Pool job{at<float>(kv), at<float>(gate), at<float>(out), stride, ratio, width, overlap};
+  by_rows(current()->pool, job, blocks, ratio * width, threads);
+}
+
+void route(uintptr_t logits, int64_t rows, int64_t experts, uintptr_t bias, int64_t k,
+           bool normalize, float scale, uintptr_t scores, uintptr_t chosen, uintptr_t weights,
+           int threads) {
+  Route job{at<float>(logits), at<float>(bias), at<float>(scores), at<float>(weights),
+            at<int64_t>(chosen), experts, k, scale, normalize};
+  for (int64_t i = 0; !bias && i < rows * k; i++) {
+    if (job.chosen[i] < 0 || job.chosen[i] >= experts) throw std::out_of_range("no such expert");
+  }
+  by_rows(current()->route, job, rows, experts * (k + 16), threads);
+}
+
+void swiglu(uintptr_t gate, uintptr_t up, bool is_bf16, int64_t rows, int64_t width, float limit,
+            uintptr_t out, bool out_bf16, int threads) {
+  auto some = [&](int64_t i) {
+    auto row = [&](uintptr_t data, bool bf16) { return at<char>(data) + i * width * (bf16 ? 2 : 4); };
+    current()->swiglu(row(gate, is_bf16), row(up, is_bf16), is_bf16, width, 1.0f, limit, false,
+                      row(out, out_bf16), out_bf16);
+  };
+  parallel(rows * width < 1 << 15 ? 1 : threads, rows, some);
+}
+
+void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width_of_head,
+               uintptr_t window, int64_t earlier, int64_t width, uintptr_t rows, uintptr_t chosen,
+               int64_t k, uintptr_t sink, int64_t start, int64_t ratio, float scale, uintptr_t out,
+               int threads) {
+  Attention job{at<void>(q),   at<void>(window), at<void>(rows), at<int64_t>(chosen), at<float>(sink),
+                at<void>(out), heads,            width_of_head,  earlier,             width,
+                start,         ratio,            k,              scale,               is_bf16};
+  const int64_t seen = !rows ? 0 : chosen ? k : (start + queries) / ratio;
+  const int64_t parts = (heads + HEADS - 1) / HEADS, space = attention_space(width + seen);
+  const Isa* isa = current();
+  auto one = [&](int64_t task) {
+    static thread_local Array<uint8_t> kept;
+    static thread_local int64_t size = 0;
+    if (size < space) kept = make_array<uint8_t>(space), size = space;
+    const int64_t head = task % parts * HEADS;
+    isa->attend(job, task / parts, head, std::min(HEADS, heads - head), kept.get());
+  };
+  parallel(threads, queries * parts, one);
+}
+
+void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width,
+                uintptr_t keys, uintptr_t weights, int64_t start, int64_t ratio, int64_t k,
+                uintptr_t out, int threads) {
+  constexpr int64_t PART = 1024, ROOM = 1 << 22;  // keys of a task; scores kept at once
+  IndexTopk job{at<void>(q), at<void>(keys), at<void>(weights), heads, width, is_bf16};
+  const Isa* isa = current();
+  auto seen = [&](int64_t query) { return (start + query + 1) / ratio; };
+  const int64_t most = seen(queries - 1), parts = (most + PART - 1) / PART;
+  const int64_t group = std::clamp<int64_t>(ROOM / std::max<int64_t>(most, 1), 1, queries);
+  auto scores = make_array<float>(group * most);
+  for (int64_t first = 0; first < queries; first += group) {
+    const int64_t here = std::min(group, queries - first);
+    auto score = [&](int64_t task) {
+      const int64_t i = task / parts, begin = task % parts * PART;
+      const int64_t end = std::min(begin + PART, seen(first + i));
+      if (begin < end && seen(first + i) > k) {
+        isa->index_scores(job, first + i, begin, end, scores.get() + i * most);
+      }
+    };
+    parallel(threads, here * parts, score);
+    auto select = [&](int64_t i) {
+      isa->select(scores.get() + i * most, seen(first + i), k, at<int64_t>(out) + (first + i) * k);
+    };
+    parallel(threads, here, select);
+  }
+}
+
 // One expert's matrices: gate, up, down as (weight, scale, format, scale_bytes, outputs, inputs).
 using Address = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t>;
 
@@ -124,6 +262,19 @@ NB_MODULE(_native, m) {
   m.def("use", choose, "Use another, for all threads of the process.");
   m.def("linear", linear_of, nb::call_guard<nb::gil_scoped_release>());
   add_training(m);
+  auto release = nb::call_guard<nb::gil_scoped_release>();
+  m.def("norm", norm, release);
+  m.def("rope", rope, release);
+  m.def("fp8_round", fp8_round, release);
+  m.def("hadamard_fp4", hadamard_fp4, release);
+  m.def("hc_read", hc_read, release);
+  m.def("hc_expand", hc_expand, release);
+  m.def("sinkhorn", sinkhorn, release);
+  m.def("pool", pool, release);
+  m.def("route", route, release);
+  m.def("swiglu", swiglu, release);
+  m.def("attention", attention, release);
+  m.def("index_topk", index_topk, release);
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<>())
       .def("append", &Experts::append)

@@ -1,0 +1,231 @@
+"""Commands about this machine: bench, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from .app import Json, Threads, WithDefault, app, human, packaged
+
+bench_app = typer.Typer(cls=WithDefault, help="Measure speed and memory, beside the machine's own.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.command("model")
+def bench_model(
+    model: Annotated[
+        str | None, typer.Argument(help="v4-nano (default), or a checkpoint folder.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another implementation on the same weights: transformers.")
+    ] = None,
+    synth: Annotated[
+        str | None, typer.Option(help="A random model of this shape instead: small or mid.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=2)] = 512,
+    new: Annotated[int, typer.Option(help="Tokens decoded one at a time.", min=1)] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Prefill, decode and memory of a model (the word "model" may be left out).
+
+    Medians of alternating runs, each implementation in its own process.
+    The JSON is a receipt: it names the machine, the commit and the command.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench
+      dsv4 bench ./my-model --prompt 4096 --threads 1
+      dsv4 bench --synth small --against transformers --json
+    """
+    from ..bench import SPEEDS, run
+
+    if model is not None and synth is not None:
+        raise ConfigError("bench measures one model", expected="MODEL or --synth", got="both")
+    report = run(
+        model or "v4-nano",
+        against=against,
+        synth=synth,
+        prompt=prompt,
+        new=new,
+        repeats=repeats,
+        threads=threads,
+        say=_progress,
+    )
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, engines, size = report["machine"], report["engines"], report["model"]["file_bytes"]
+    table = Table(title=f"{report['model']['name']}, {human(size)}", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in [*engines, *(["ratio"] if against else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    labels = (f"prefill {prompt}, tok/s", "decode at 1, tok/s", f"decode at {prompt}, tok/s")
+    for key, label in zip(SPEEDS, labels, strict=True):
+        cells = [
+            f"{e[key]['median']:,.1f} ({e[key]['low']:,.1f}-{e[key]['high']:,.1f})"
+            for e in engines.values()
+        ]
+        table.add_row(label, *cells, *([f"{report['ratios'][key]:.2f}"] if against else []))
+    each = engines.values()
+    last = [f"{report['ratios']['memory']:.2f}"] if against else []
+    table.add_row("memory added", *(human(e["memory"]["resident_bytes"]) for e in each), *last)
+    table.add_row("peak memory added", *(human(e["memory"]["peak_bytes"]) for e in each))
+    table.add_row(
+        "without KV / file",
+        *(f"{e['memory']['resident_without_kv_of_file']:.2f}" for e in each),
+    )
+    table.add_row("loading, s", *(f"{e['load_seconds']:.2f}" for e in each))
+    table.add_row("top-1 of float32", *(f"{e['agreement']['top1']:.1%}" for e in each))
+    table.add_row("median KL to float32", *(f"{e['agreement']['kl_median']:.1e}" for e in each))
+    console = Console()
+    console.print(table)
+    console.print(_machine_line(machine), highlight=False)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    shapes: Annotated[str, typer.Option(help="Of which preset: flash, pro or nano.")] = "flash",
+    repeats: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 7,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Each kernel beside what memory and matmul of this machine allow.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench kernels
+      dsv4 bench kernels --shapes nano --threads 1
+      DSV4_KERNELS=reference dsv4 bench kernels --repeats 3 --json
+    """
+    from ..bench_kernels import run
+
+    report = run(shapes, repeats=repeats, threads=threads, say=_progress)
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, names = report["machine"], report["kernels"]
+    table = Table(title=f"{names or 'torch reference'}, shapes of {shapes}", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for column in ("rows", "ms", "rate", "of the limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for case in report["cases"]:
+        rate = f"{case['gb_per_s']:.1f} GB/s"
+        if case["limit"] == "matmul":
+            rate = f"{case['tflop_per_s']:.3f} TFLOP/s"
+        table.add_row(
+            case["name"], f"{case['rows']}",
+            f"{case['ms']:.3f} ({case['ms_low']:.3f}-{case['ms_high']:.3f})", rate,
+            f"{case['of_limit']:.0%}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(_machine_line(machine), highlight=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine and this installation can do.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 doctor
+      dsv4 doctor --json
+    """
+    import platform
+    import shutil
+
+    import torch
+
+    nano = packaged("v4-nano")
+    page = os.sysconf("SC_PAGE_SIZE")
+    report = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_features": _cpu_features(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": page * os.sysconf("SC_PHYS_PAGES"),
+        "disk_free_bytes": shutil.disk_usage(".").free,
+        "kernels": _kernels(),
+        "v4_nano": str(nano) if nano else None,
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    shown = report | {
+        "cpu_features": " ".join(_cpu_features()) or "none that matter",
+        "memory_bytes": human(int(page * os.sysconf("SC_PHYS_PAGES"))),
+        "disk_free_bytes": human(shutil.disk_usage(".").free),
+        "v4_nano": "in the package" if nano else "not in the package",
+    }
+    for key, value in shown.items():
+        table.add_row(key.removesuffix("_bytes").replace("_", " "), str(value))
+    Console().print(table)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, reads"
+        f" {machine['stream_read_gb_per_s']:.1f} GB/s, multiplies"
+        f" {machine['bf16_tflop_per_s']:.2f} (BF16) and {machine['f32_tflop_per_s']:.2f}"
+        " (F32) TFLOP/s"
+    )
+
+
+def _kernels() -> str:
+    import importlib.util
+
+    from .. import kernels
+
+    if kernels.NATIVE:
+        return f"native, {kernels.NATIVE}"
+    if os.environ.get("DSV4_KERNELS") == "reference":
+        return "torch reference, by DSV4_KERNELS"
+    if importlib.util.find_spec("dsv4.kernels._native") is None:
+        return "torch reference; native kernels not built (no C++ compiler at install)"
+    return "torch reference; this CPU has no vectors that the native kernels use"
+
+
+def _cpu_features() -> list[str]:
+    import platform
+    import subprocess
+
+    if platform.machine() in ("arm64", "aarch64"):
+        return ["NEON"]
+    names = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "BF16", "amx_tile": "AMX"}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        flags = next((x for x in cpuinfo.read_text().splitlines() if x.startswith("flags")), "")
+    else:
+        command = ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+        flags = subprocess.run(command, capture_output=True, text=True).stdout.lower()
+    present = set(flags.split())
+    return [label for flag, label in names.items() if flag in present]

@@ -1,0 +1,169 @@
+"""Commands that answer: serve, chat, generate."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .app import (
+    Context,
+    ModelName,
+    Numerics,
+    Seed,
+    Temperature,
+    Think,
+    Threads,
+    TopP,
+    app,
+    checked_level,
+    use_threads,
+)
+
+if TYPE_CHECKING:
+    from ..engine import SamplingParams
+
+
+@app.command()
+def serve(
+    model: ModelName = "v4-nano",
+    host: Annotated[str, typer.Option(help="0.0.0.0 serves other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    numerics: Numerics = "official",
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DSV4_API_KEY", help="Callers must send this key.")
+    ] = None,
+    context: Context = None,
+    threads: Threads = None,
+    max_running: Annotated[int, typer.Option(help="Requests computed at once.", min=1)] = 8,
+    max_waiting: Annotated[int, typer.Option(help="Requests in line.", min=0)] = 256,
+    sessions: Annotated[int, typer.Option(help="Conversations kept for reuse.", min=0)] = 8,
+    strict_model: Annotated[
+        bool, typer.Option(help="Refuse requests that name another model.")
+    ] = False,
+    official_sampling: Annotated[
+        bool,
+        typer.Option(help="When thinking, ignore temperature and top_p as the hosted API does."),
+    ] = False,
+) -> None:
+    """Serve a model over HTTP, with the chat completions API of DeepSeek and OpenAI.
+
+    [bold]Examples[/bold]
+
+    \b
+      dsv4 serve
+      dsv4 serve ./my-model --port 9000 --api-key secret
+    """
+    from ..api import load
+    from ..server import LocalBackend, create_app, listen, run
+
+    sock = listen(host, port)  # before the model is loaded, which may take long
+    port = sock.getsockname()[1]
+    loaded = load(model, numerics=numerics)
+    use_threads(threads)
+    backend = LocalBackend(
+        loaded,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        session_pool=sessions,
+        context_length=context,
+    )
+    application = create_app(
+        backend, api_key=api_key, strict_model=strict_model, official_sampling=official_sampling
+    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = " -H 'Authorization: Bearer KEY'" if api_key else ""
+    print(f"""{backend.model.id}: {backend.model.description}
+serving on {address}  (Ctrl-C ends it)
+
+  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'
+""", flush=True)  # fmt: skip
+    run(application, backend, sock)
+
+
+@app.command()
+def chat(
+    model: ModelName = "v4-nano",
+    think: Think = "high",
+    system: Annotated[str, typer.Option(help="Instructions that stand before the chat.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.", min=1)] = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    numerics: Numerics = "official",
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Talk to a model in the terminal; /help lists the commands there.
+
+    [bold]Examples[/bold]
+
+    \b
+      dsv4 chat
+      dsv4 chat ./my-model --think off --temperature 0
+      echo 'What is 3 times 4?' | dsv4 chat
+    """
+    from ..api import load
+    from ..chat import Chat
+    from ..server import LocalBackend
+
+    sampling = params(max_tokens, temperature, top_p, seed)
+    loaded = load(model, numerics=numerics)
+    use_threads(threads)
+    backend = LocalBackend(loaded, context_length=context)
+    try:
+        Chat(backend, sampling=sampling, think=checked_level(think), system=system).run()
+    finally:
+        backend.close()
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(help="The message; - reads standard input.")],
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.", min=1)] = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    think: Think = "off",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
+    ] = False,
+    numerics: Numerics = "official",
+    threads: Threads = None,
+) -> None:
+    """Print what a model answers to one prompt, as it comes. Reasoning goes to stderr.
+
+    [bold]Examples[/bold]
+
+    \b
+      dsv4 generate v4-nano 'What is 3 times 4?' --temperature 0
+      dsv4 generate v4-nano 'Once upon a time' --raw --max-tokens 100 --seed 1
+    """
+    from ..api import load
+    from ..chat import answer_once, continue_text
+    from ..server import LocalBackend
+
+    sampling = params(max_tokens, temperature, top_p, seed)
+    effort = checked_level(think)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = load(model, numerics=numerics)
+    use_threads(threads)
+    if raw:
+        continue_text(loaded, text, sampling)
+        return
+    backend = LocalBackend(loaded)
+    try:
+        answer_once(backend, text, effort, sampling)
+    finally:
+        backend.close()
+
+
+def params(
+    max_tokens: int | None, temperature: float, top_p: float, seed: int | None
+) -> SamplingParams:
+    from ..engine import SamplingParams
+
+    return SamplingParams(max_tokens, temperature, top_p, seed)

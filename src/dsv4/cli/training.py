@@ -1,0 +1,152 @@
+"""Commands that make and judge models: train, data, eval."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Json, ModelName, Numerics, app, checked_level
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file such as recipes/v4-nano.toml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default runs/NAME-OF-THE-RECIPE.")
+    ] = None,
+) -> None:
+    """Train a model by a recipe; the same command again goes on where it stopped.
+
+    Ctrl-C saves and stops. The folder holds log.jsonl, state.pt and, at the end, parent/ (the
+    float model) and model/ (official FP4 + FP8 format), which every other command takes.
+
+    \b
+      dsv4 train recipes/v4-nano.toml
+      dsv4 chat runs/v4-nano/model
+    """
+    from ..train.loop import Recipe, Run
+
+    folder = out or Path("runs") / recipe.stem
+    run = Run(Recipe.read(recipe), folder)
+    counts = run.config.parameter_counts()
+    print(
+        f"{folder}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; "
+        f"step {run.step} of {run.recipe.steps}",
+        file=sys.stderr,
+    )
+    run.train()
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at the generated training data.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("stats")
+def data_stats(
+    documents: Annotated[int, typer.Option(help="How many documents to draw.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Documents, tokens and trained tokens of each task in the training data."""
+    from ..api import SHIPPED
+    from ..tokenizer import Tokenizer
+    from ..train.data import stats
+
+    rows = stats(seed, documents, Tokenizer.load(SHIPPED / "v4-nano"))
+    if as_json:
+        print(json.dumps({k: vars(v) | {"mean_length": v.mean_length} for k, v in rows.items()}))
+        return
+    total = sum(r.tokens for r in rows.values())
+    print(f"{'task':14}{'documents':>10}{'tokens':>10}{'share':>8}{'trained':>10}{'mean':>7}")
+    for task, r in rows.items():
+        print(
+            f"{task:14}{r.documents:10,}{r.tokens:10,}{r.tokens / total:8.1%}"
+            f"{r.trained:10,}{r.mean_length:7.0f}"
+        )
+
+
+@data_app.command("show")
+def data_show(
+    count: Annotated[int, typer.Option(help="How many documents.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
+) -> None:
+    """Print training documents as the model sees them."""
+    from itertools import islice
+
+    from ..encoding import encode_messages
+    from ..train.data import documents
+
+    for doc in islice(documents(seed, longest=200), count):
+        text = encode_messages(
+            doc.messages, doc.thinking_mode, reasoning_effort=doc.reasoning_effort
+        )
+        print(f"--- {doc.task}\n{text}\n")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelName,
+    seed: Annotated[int, typer.Option(help="Another seed asks other questions.")] = 0,
+    n: Annotated[int, typer.Option("--n", help="Questions per task.", min=1)] = 100,
+    task: Annotated[
+        list[str] | None, typer.Option(help="One task; may be given again. All by default.")
+    ] = None,
+    think: Annotated[
+        str | None, typer.Option(help="off, high or max, instead of the tasks' own.")
+    ] = None,
+    numerics: Numerics = "official",
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out questions, greedily: accuracy with its 95% interval.
+
+    Without --task the mean loss on held-out documents is measured too.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 eval v4-nano
+      dsv4 eval v4-nano --task recall_500 --n 200 --seed 1 --json
+    """
+    from ..api import load
+    from ..evals.run import evaluate as run
+    from ..evals.run import heldout_loss
+
+    def show(name: str, done: int, correct: int) -> None:
+        print(f"\r{name}: {correct} of {done} \033[K", end="", file=sys.stderr, flush=True)
+
+    loaded = load(model, numerics=numerics)
+    report = run(
+        loaded,
+        seed,
+        n,
+        task or None,
+        show if sys.stderr.isatty() else None,
+        thinking=checked_level(think) if think else None,
+    )
+    if task is None and loaded.tokenizer is not None:
+        report["heldout_loss"] = heldout_loss(loaded, loaded.tokenizer, seed, n)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"model": model, "numerics": numerics} | report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model}: {n} held-out questions a task, seed {seed}", box=SIMPLE_HEAD)
+    table.add_column("task", no_wrap=True)
+    table.add_column("thinking")
+    for column in ("right", "95% interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in report["tasks"].items():
+        low, high = row["interval"]
+        share = f"{row['accuracy']:.1%}"
+        table.add_row(name, row["thinking"], share, f"{low:.1%} to {high:.1%}")
+    Console().print(table)
+    if "heldout_loss" in report:
+        losses = (f"{name} {loss:.3f}" for name, loss in report["heldout_loss"].items())
+        print("held-out loss, nats a token: " + ", ".join(losses))

@@ -1,0 +1,257 @@
+// Attention over window and compressed rows, and the indexer that chooses rows.
+//
+// A query's keys are listed first: the window's, then the compressed rows, both in the order of
+// positions. Everything after that depends on the list only, so it does not matter in which pass
+// the query is.
+#include "functions.h"
+#include "kernels.h"
+
+namespace DSV4_ISA {
+namespace {
+
+using dsv4::Attention;
+using dsv4::IndexTopk;
+
+// Sixteen lanes of sums of a dot product: one vector of two rows of numbers.
+template <bool BF16>
+inline f32x16 add_products(f32x16 sum, const char* x, const char* y) {
+  if constexpr (BF16) {
+#if DSV4_PAIRS
+    return dot_pairs(sum, load<u32x16>(x), load<u32x16>(y));
+#else
+    u32x16 a = load<u32x16>(x), b = load<u32x16>(y);
+    return fma(even(a), even(b), fma(odd(a), odd(b), sum));
+#endif
+  }
+  return fma(load<f32x16>(x), load<f32x16>(y), sum);
+}
+
+// out[i] = x . keys[i] for sixteen keys of `bytes` bytes.
+template <bool BF16>
+inline f32x16 dots(const char* x, const char* const* keys, int64_t bytes) {
+  f32x16 acc[16] = {};
+  for (int64_t at = 0; at < bytes; at += 64) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) acc[i] = add_products<BF16>(acc[i], x + at, keys[i] + at);
+  }
+  return sums(acc);
+}
+
+// ---------------------------------------------------------------- weights times values
+
+// Sums of weights[i] * values[i][0 .. 31], where a weight is a pair: that of key 2 i and, above it,
+// that of key 2 i + 1, whose product is added first.
+struct Sums {
+  f32x16 a, b;
+};
+
+template <bool BF16>
+inline Sums add_values(Sums sum, const float* weights, const char* first, const char* second) {
+#if DSV4_PAIRS
+  if constexpr (BF16) {
+    // Words of the two rows side by side. Their order is that of the instruction until the end.
+    __m512i x = _mm512_loadu_si512(first), y = _mm512_loadu_si512(second);
+    u32x16 w = (u32x16)_mm512_set1_epi32(load<int32_t>(weights));
+    return {dot_pairs(sum.a, w, (u32x16)_mm512_unpacklo_epi16(x, y)),
+            dot_pairs(sum.b, w, (u32x16)_mm512_unpackhi_epi16(x, y))};
+  }
+#endif
+  auto value = [](const char* row, int i) { return get(row, BF16, LANES * i); };
+  f32x16 w0 = splat(weights[0]), w1 = splat(weights[1]);
+  return {fma(w0, value(first, 0), fma(w1, value(second, 0), sum.a)),
+          fma(w0, value(first, 1), fma(w1, value(second, 1), sum.b))};
+}
+
+constexpr bool paired(bool bf16) { return bf16 && DSV4_PAIRS; }
+
+// The sums in the order of channels.
+template <bool BF16>
+inline Sums in_order(Sums s) {
+  if (!paired(BF16)) return s;
+  return {__builtin_shufflevector(s.a, s.b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+          __builtin_shufflevector(s.a, s.b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30,
+                                  31)};
+}
+
+// `weights` [heads, room] times the rows of `keys` (an even number): out [heads, width].
+template <bool BF16, int HEADS>
+inline void weigh(const float* weights, int64_t room, const char* const* keys, int64_t count,
+                  const float* totals, char* out, int64_t width) {
+  constexpr int64_t ELEMENT = BF16 ? 2 : 4, AHEAD = 2;  // blocks of 32 channels at once
+  constexpr int64_t PER_KEY = paired(BF16) ? 1 : 2;      // weights of a pair are one number
+  for (int64_t channel = 0; channel < width; channel += 32 * AHEAD) {
+    const int64_t blocks = width - channel < 32 * AHEAD ? 1 : AHEAD;
+    Sums acc[HEADS][AHEAD] = {};
+    for (int64_t i = 0; i < count; i += 2) {
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t at = (channel + 32 * b) * ELEMENT;
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) {
+          const float* w = weights + h * room + i / 2 * PER_KEY;
+          acc[h][b] = add_values<BF16>(acc[h][b], w, keys[i] + at, keys[i + 1] + at);
+        }
+      }
+    }
+    for (int h = 0; h < HEADS; h++) {
+      for (int64_t b = 0; b < blocks; b++) {
+        Sums s = in_order<BF16>(acc[h][b]);
+        const int64_t at = h * width + channel + 32 * b;
+        put(out, BF16, at, s.a / totals[h]);
+        put(out, BF16, at + LANES, s.b / totals[h]);
+      }
+    }
+  }
+}
+
+template <bool BF16>
+inline void weigh(int heads, const float* weights, int64_t room, const char* const* keys,
+                  int64_t count, const float* totals, char* out, int64_t width) {
+  switch (heads) {
+    case 1: return weigh<BF16, 1>(weights, room, keys, count, totals, out, width);
+    case 2: return weigh<BF16, 2>(weights, room, keys, count, totals, out, width);
+    case 3: return weigh<BF16, 3>(weights, room, keys, count, totals, out, width);
+    default: return weigh<BF16, 4>(weights, room, keys, count, totals, out, width);
+  }
+}
+
+// ---------------------------------------------------------------- attention
+
+// The keys of a query; returns how many.
+inline int64_t list_keys(const Attention& job, int64_t query, const char** keys) {
+  const int64_t bytes = job.width_of_head * (job.is_bf16 ? 2 : 4);
+  const int64_t own = job.earlier + query, first = own - job.width + 1;
+  int64_t n = 0;
+  for (int64_t i = first > 0 ? first : 0; i <= own; i++) {
+    keys[n++] = static_cast<const char*>(job.window) + i * bytes;
+  }
+  if (job.rows == nullptr) return n;
+  const char* rows = static_cast<const char*>(job.rows);
+  if (job.chosen == nullptr) {
+    const int64_t seen = (job.start + query + 1) / job.ratio;
+    for (int64_t i = 0; i < seen; i++) keys[n++] = rows + i * bytes;
+  } else {
+    const int64_t* chosen = job.chosen + query * job.k;
+    for (int64_t i = 0; i < job.k; i++) {
+      if (chosen[i] >= 0) keys[n++] = rows + chosen[i] * bytes;
+    }
+  }
+  return n;
+}
+
+template <bool BF16>
+inline void attend_as(const Attention& job, int64_t query, int64_t head, int64_t heads,
+                      uint8_t* space) {
+  const int64_t width = job.width_of_head, bytes = width * (BF16 ? 2 : 4);
+  const char** keys = reinterpret_cast<const char**>(space);
+  const int64_t count = list_keys(job, query, keys), room = (count + 15) / 16 * 16;
+  for (int64_t i = count; i < room; i++) keys[i] = keys[count - 1];  // their weights are zero
+  float* scores = reinterpret_cast<float*>(space + room * sizeof(char*));
+  float totals[dsv4::HEADS];
+  const int64_t first = (query * job.heads + head) * bytes;
+  for (int64_t h = 0; h < heads; h++) {
+    const char* q = static_cast<const char*>(job.q) + first + h * bytes;
+    float* mine = scores + h * room;
+    f32x16 most = splat(-__builtin_inff());
+    for (int64_t i = 0; i < room; i += 16) {
+      f32x16 score = dots<BF16>(q, keys + i, bytes) * job.scale;
+      store(mine + i, score);
+      most = max(score, most);  // the last key may be there more than once
+    }
+    const float top = largest(most);
+    for (int64_t i = count; i < room; i++) mine[i] = -__builtin_inff();
+    f32x16 total = {};
+    for (int64_t i = 0; i < room; i += 16) {
+      f32x16 e = exp(load<f32x16>(mine + i) - top);
+      total = total + e;
+      if (paired(BF16)) {
+        store(reinterpret_cast<uint16_t*>(mine) + i, narrow(e));
+      } else {
+        store(mine + i, rounded(e, BF16));
+      }
+    }
+    totals[h] = sum(total) + exp(splat(job.sink[head + h] - top))[0];
+  }
+  for (int64_t h = 0; h < heads; h += 4) {
+    weigh<BF16>((int)(heads - h < 4 ? heads - h : 4), scores + h * room, room, keys,
+                (count + 1) / 2 * 2, totals + h, static_cast<char*>(job.out) + first + h * bytes,
+                width);
+  }
+}
+
+}  // namespace
+
+void attend(const Attention& job, int64_t query, int64_t head, int64_t heads, uint8_t* space) {
+  FlushSubnormals guard;
+  if (job.is_bf16) return attend_as<true>(job, query, head, heads, space);
+  attend_as<false>(job, query, head, heads, space);
+}
+
+// ---------------------------------------------------------------- indexer
+
+namespace {
+
+template <bool BF16>
+inline void score_as(const IndexTopk& job, int64_t query, int64_t begin, int64_t end, float* out) {
+  const int64_t bytes = job.width * (BF16 ? 2 : 4);
+  const char* q = static_cast<const char*>(job.q) + query * job.heads * bytes;
+  const char* keys = static_cast<const char*>(job.keys);
+  for (int64_t i = begin; i < end; i += 16) {
+    const char* some[16];
+    for (int j = 0; j < 16; j++) some[j] = keys + (i + j < end ? i + j : end - 1) * bytes;
+    f32x16 total = {};
+    for (int64_t h = 0; h < job.heads; h++) {
+      const int64_t at = query * job.heads + h;
+      float weight = BF16 ? widen(static_cast<const uint16_t*>(job.weights)[at])
+                          : static_cast<const float*>(job.weights)[at];
+      f32x16 dot = rounded(dots<BF16>(q + h * bytes, some, bytes), BF16);
+      total = total + rounded(where(dot < f32x16{}, f32x16{}, dot) * weight, BF16);
+    }
+    total = rounded(total, BF16) + 0.0f;  // no negative zero
+    for (int j = 0; j < 16 && i + j < end; j++) out[i + j] = total[j];
+  }
+}
+
+// Bits that are in the order of the numbers.
+inline uint32_t sortable(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+}  // namespace
+
+void index_scores(const IndexTopk& job, int64_t query, int64_t begin, int64_t end, float* out) {
+  FlushSubnormals guard;
+  if (job.is_bf16) return score_as<true>(job, query, begin, end, out);
+  score_as<false>(job, query, begin, end, out);
+}
+
+void select(const float* scores, int64_t count, int64_t k, int64_t* out) {
+  if (count <= k) {
+    for (int64_t i = 0; i < k; i++) out[i] = i < count ? i : -1;
+    return;
+  }
+  // The k-th best, eight bits at a time.
+  uint32_t least = 0, known = 0;
+  int64_t wanted = k;  // rank of it among those that agree in the known bits
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    int64_t bins[256] = {};
+    for (int64_t i = 0; i < count; i++) {
+      uint32_t bits = sortable(scores[i]);
+      if ((bits & known) == least) bins[bits >> shift & 255]++;
+    }
+    int bin = 255;
+    while (bins[bin] < wanted) wanted -= bins[bin--];
+    least |= (uint32_t)bin << shift, known |= 255u << shift;
+  }
+  for (int64_t i = 0, n = 0; n < k; i++) {
+    uint32_t bits = sortable(scores[i]);
+    if (bits > least) {
+      out[n++] = i;
+    } else if (bits == least && wanted > 0) {
+      out[n++] = i, wanted--;
+    }
+  }
+}
+
+}  // namespace DSV4_ISA

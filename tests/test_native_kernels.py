@@ -1,0 +1,401 @@
+"""The native kernels compute what the reference does, and the same bits whatever is around."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dsv4
+from dsv4 import kernels, quant
+from dsv4.checkpoint import save_checkpoint
+from dsv4.config import V4Config
+from dsv4.errors import ConfigError
+from dsv4.kernels import Stored, reference
+from dsv4.synth import synthesize
+
+native = pytest.importorskip("dsv4.kernels.native", exc_type=ImportError)
+training = pytest.importorskip("dsv4.kernels.training", exc_type=ImportError)
+BF16, F32 = torch.bfloat16, torch.float32
+BOTH = pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+few = settings(max_examples=25, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    best, threads = native.isa(), torch.get_num_threads()
+    with torch.inference_mode():
+        yield
+    native.use(best)
+    torch.set_num_threads(threads)
+
+
+def every_way(f: Callable[[], Any]) -> Any:
+    """``f()``, which must be the same bits with every instruction set and number of threads."""
+    results = []
+    for isa in native.isas():
+        native.use(isa)
+        for threads in (1, 2, 4) if isa == native.isas()[0] else (2,):
+            torch.set_num_threads(threads)
+            got = f()
+            results.append(got if isinstance(got, tuple) else (got,))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    return results[0] if isinstance(got, tuple) else results[0][0]
+
+
+def close(got: Tensor, wanted: Tensor, ulps: float = 1.0) -> None:
+    """Equal but for roundings: of the dtype, or of float32 sums."""
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    size = 2.0**-7 if got.dtype == BF16 else 2e-6
+    largest = wanted.float().abs().max().item()
+    torch.testing.assert_close(got, wanted, rtol=ulps * size, atol=ulps * size * largest / 16)
+
+
+def stored(fmt: str, outputs: int, inputs: int, seed: int = 0) -> Stored:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
+    w[:: max(1, outputs // 3)] *= 2.0**-9  # codes below the smallest normal one
+    if fmt == "fp4":
+        return Stored(*quant.quantize_fp4(w))
+    if fmt.startswith("fp8"):
+        return Stored(*quant.quantize_fp8(w, F32 if fmt == "fp8-f32" else quant.E8M0))
+    return Stored(w.to(BF16 if fmt == "bf16" else F32), None)
+
+
+def activations(rows: int, inputs: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, inputs, generator=generator).to(dtype)
+
+
+# ---------------------------------------------------------------- products
+
+
+@few
+@given(
+    fmt=st.sampled_from(["fp4", "fp8", "fp8-f32", "bf16", "f32"]),
+    dtype=st.sampled_from([BF16, F32]),
+    rows=st.sampled_from([1, 2, 3, 5, 17]),
+    outputs=st.sampled_from([1, 7, 48, 131]),
+    inputs=st.sampled_from([32, 96, 127, 128, 1056]),
+)
+def test_linear(fmt: str, dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> None:
+    inputs = inputs // 32 * 32 if fmt == "fp4" else inputs
+    weight, x = stored(fmt, outputs, inputs), activations(rows, inputs, dtype)
+    with torch.inference_mode():
+        got = every_way(lambda: native.linear(x, *weight, F32))
+        exact = x.double() @ quant.dequantize(*weight).double().T
+        close(got, exact.float(), 4)
+        if dtype == BF16 and fmt != "f32":  # rounded once, at the end
+            assert torch.equal(native.linear(x, *weight, BF16), got.to(BF16))
+
+
+@pytest.mark.parametrize("fmt", ["fp4", "fp8", "bf16"])
+def test_a_row_does_not_depend_on_the_others(fmt: str) -> None:
+    weight, x = stored(fmt, 40, 1184), activations(300, 1184, BF16)
+    together = every_way(lambda: native.linear(x, *weight, F32))
+    for count in (1, 2, 3, 4, 37, 299):
+        for first in (0, 300 - count):
+            some = x[first : first + count]
+            assert torch.equal(native.linear(some, *weight, F32), together[first : first + count])
+
+
+@pytest.mark.parametrize("fmt", ["fp4", "fp8", "bf16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_a_number_stays_in_its_row(fmt: str, bad: float) -> None:
+    weight, x = stored(fmt, 24, 256), activations(6, 256, BF16)
+    clean = native.linear(x, *weight, F32)
+    x[4, 100] = bad
+    got = every_way(lambda: native.linear(x, *weight, F32))
+    assert not got[4].isfinite().any() and got.isfinite()[[0, 1, 2, 3, 5]].all()
+    assert torch.equal(got[:4], clean[:4])
+
+
+def test_subnormal_numbers_count_as_zero_everywhere() -> None:
+    weight, x = stored("bf16", 8, 128), activations(4, 128, BF16) * 2.0**-120
+    x[1] = 1e-39
+    got = every_way(lambda: native.linear(x, *weight, F32))
+    assert torch.equal(got[1], torch.zeros(8))
+    assert torch.equal(got[2:3], native.linear(x[2:3], *weight, F32))
+
+
+@pytest.mark.parametrize("fmt", ["fp4", "fp8"])
+def test_every_code_has_its_value(fmt: str) -> None:
+    """A row of ones against weights that hold each code once, in each place of a step."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if fmt == "fp8":
+        codes[[0x7F, 0xFF]] = 0  # not numbers
+    for shift in (0, 37, 200):
+        if fmt == "fp4":
+            weight = Stored(codes.roll(shift)[:, None].repeat(1, 16).view(torch.int8), None)
+            scale = torch.full((256, 1), 2.0**-3).to(quant.E8M0)
+        else:
+            weight = Stored(codes.roll(shift)[:, None].repeat(1, 128).view(quant.E4M3), None)
+            scale = torch.full((2, 1), 2.0**-3).to(quant.E8M0)
+        values = quant.dequantize(weight.weight, scale)
+        for place in range(0, values.shape[1], 5):
+            x = torch.zeros(1, values.shape[1], dtype=BF16)
+            x[0, place] = 1
+            for rows in (1, 4):
+                got = native.linear(x.expand(rows, -1), weight.weight, scale, F32)
+                assert torch.equal(got, values[:, place].expand(rows, -1))
+
+
+def test_groups_and_head() -> None:
+    x, weight = activations(5, 3 * 128, BF16).view(5, 3, 128), stored("fp8", 3 * 128, 128)
+    close(
+        every_way(lambda: native.grouped_linear(x, *weight, BF16)),
+        reference.grouped_linear(x, *weight, BF16),
+    )
+    table = stored("bf16", 515, 128).weight
+    close(every_way(lambda: native.head(x[:, 0], table)), reference.head(x[:, 0], table), 4)
+
+
+# ---------------------------------------------------------------- experts
+
+
+def experts(fmt: str, count: int, d: int, width: int) -> tuple[list[Stored], ...]:
+    shapes = ((width, d), (d, width), (width, d))
+    return tuple([stored(fmt, *s, seed=7 * e + i) for e in range(count)]
+                 for i, s in enumerate(shapes))  # fmt: skip
+
+
+@few
+@given(
+    fmt=st.sampled_from(["fp4", "fp8"]),
+    dtype=st.sampled_from([BF16, F32]),
+    rows=st.integers(1, 23),
+    routing=st.sampled_from(["random", "all to one", "two of them"]),
+    limit=st.sampled_from([0.0, 1.0, 10.0]),
+)
+def test_routed_experts(
+    fmt: str, dtype: torch.dtype, rows: int, routing: str, limit: float
+) -> None:
+    tables = experts(fmt, 5, 160, 128)
+    generator = torch.Generator().manual_seed(rows)
+    ids = torch.rand(rows, 5, generator=generator).topk(2).indices
+    if routing != "random":
+        ids = torch.tensor([[3, 1]]).expand(rows, -1) if routing == "two of them" else ids * 0 + 2
+        ids = ids[:, :1] if routing == "all to one" else ids
+    weights = torch.rand(ids.shape, generator=generator)
+    x, rounded = activations(rows, 160, dtype) * 4, dtype == BF16
+    with torch.inference_mode():
+        args = (*tables, limit, rounded, dtype)
+        got = every_way(lambda: native.routed_experts(x, ids, weights, *args))
+        close(got.to(dtype), reference.routed_experts(x, ids, weights, *args).to(dtype), 6)
+        for i in range(rows):
+            one = slice(i, i + 1)
+            alone = native.routed_experts(x[one], ids[one], weights[one], *args)
+            assert torch.equal(alone, got[one])
+
+
+def test_an_expert_that_does_not_exist_is_refused() -> None:
+    tables, x = experts("fp4", 2, 128, 128), activations(1, 128, BF16)
+    for bad in (-1, 2):
+        with pytest.raises(IndexError, match="expert"):
+            native.routed_experts(
+                x, torch.tensor([[bad]]), torch.ones(1, 1), *tables, 10.0, True, BF16
+            )
+        with pytest.raises(IndexError, match="expert"):
+            native.route(torch.zeros(1, 2), None, torch.tensor([[bad]]), 1, True, 1.0)
+
+
+def test_route() -> None:
+    logits, bias = activations(9, 21, F32) * 8, activations(1, 21, F32)[0]
+    logits[0] = 0  # all alike: the bias decides
+    got = every_way(lambda: native.route(logits, bias, None, 4, True, 2.5))
+    for ours, theirs in zip(got, reference.route(logits, bias, None, 4, True, 2.5), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    tied = native.route(torch.zeros(1, 6), torch.zeros(6), None, 3, True, 1.0)
+    assert tied[1].tolist() == [[0, 1, 2]]
+    given_ids = torch.randint(21, (9, 4), generator=torch.Generator().manual_seed(0))
+    ours = native.route(logits, None, given_ids, 4, False, 1.5)[2]
+    torch.testing.assert_close(ours, reference.route(logits, None, given_ids, 4, False, 1.5)[2])
+
+
+# ---------------------------------------------------------------- row by row
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 37])
+def test_what_is_computed_row_by_row(dtype: torch.dtype, rows: int) -> None:
+    x = activations(rows * 3, 512, dtype).view(1, rows, 3, 512) * 3
+    flat = x.view(1, -1, 512)
+    turn = torch.randn(rows, 32, 2, generator=torch.Generator().manual_seed(2))
+    index = activations(rows, 128, dtype)
+    streams = activations(rows * 4, 256, dtype).view(1, rows, 4, 256)
+    fn, base, scale = activations(24, 1024, F32) * 0.1, activations(1, 24, F32)[0], torch.ones(3)
+    read = (streams, fn, scale, base, 1e-6, 1e-6, dtype)
+    end = (streams, fn[:4].contiguous(), scale[:1], base[:4].contiguous(), 1e-6, 1e-6, dtype)
+    out, post, comb = reference.hc_read(*read)
+    cases: list[tuple[str, tuple[Any, ...]]] = [
+        ("rms_norm", (flat, activations(1, 512, BF16)[0], 1e-6)),
+        ("rms_norm", (flat, None, 1e-6)),
+        ("rope", (x, turn.unsqueeze(1))),
+        ("rope", (x[:, :, 1], turn, True)),
+        ("fp8_round", (x,)),
+        ("fp8_round", (x, 64, 64)),
+        ("hadamard_fp4", (index,)),
+        ("hc_read", read),
+        ("hc_head", end),
+        ("sinkhorn", (comb, 20, 1e-6)),
+        ("hc_expand", (out, streams, post, comb)),
+        ("swiglu", (flat * 9, flat.flip(0) * 9, 10.0, dtype)),
+    ]
+    for name, args in cases:
+        got = every_way(lambda name=name, args=args: getattr(native, name)(*args))  # type: ignore
+        wanted = getattr(reference, name)(*args)
+        pairs = zip(got, wanted, strict=True) if isinstance(got, tuple) else [(got, wanted)]
+        for ours, theirs in pairs:
+            # FP4 steps are large: what lies between two may fall to either side
+            close(ours, theirs, 64 if name == "hadamard_fp4" else 4)
+
+
+@pytest.mark.parametrize(("ratio", "overlap"), [(4, True), (128, False)])
+def test_pool(ratio: int, overlap: bool) -> None:
+    raw = activations(3 * ratio, 4 * 64, F32)[None]
+    raw[:, :ratio, 128:] = -torch.inf if overlap else 0  # no block before
+    kv, gate = raw.chunk(2, -1)
+    got = every_way(lambda: native.pool(kv, gate, ratio, overlap))
+    close(got, reference.pool(kv, gate, ratio, overlap), 4)
+
+
+# ---------------------------------------------------------------- attention
+
+
+@BOTH
+@pytest.mark.parametrize("heads", [1, 3, 9])
+@pytest.mark.parametrize(
+    ("ratio", "k"), [(0, 0), (4, 0), (4, 11), (128, 0)], ids=["window", "all", "chosen", "hca"]
+)
+def test_attention(dtype: torch.dtype, heads: int, ratio: int, k: int) -> None:
+    start, queries, earlier, width, dim = 130, 9, 31, 32, 96
+    q = activations(queries * heads, dim, dtype).view(1, queries, heads, dim)
+    window = activations(earlier + queries, dim, dtype, 2)[None]
+    rows = activations(40, dim, dtype, 3)[None] if ratio else None
+    chosen = None
+    if k:
+        generator = torch.Generator().manual_seed(0)
+        picks = [torch.randperm((start + t + 1) // 4, generator=generator) for t in range(queries)]
+        chosen = torch.stack([p[:k].sort().values for p in picks])[None]
+    sink = activations(1, heads, F32)[0]
+
+    def attend(a: int, b: int) -> Tensor:
+        part = None if chosen is None else chosen[:, a:b]
+        near = window[:, max(0, earlier + a - width + 1) : earlier + b]
+        out: Tensor = native.attention(
+            q[:, a:b], near, rows, part, sink, start=start + a, ratio=ratio, width=width,
+            scale=dim**-0.5, dtype=dtype,
+        )  # fmt: skip
+        return out
+
+    got = every_way(lambda: attend(0, queries))
+    wanted = reference.attention(
+        q, window, rows, chosen, sink, start=start, ratio=ratio, width=width, scale=dim**-0.5,
+        dtype=dtype,
+    )  # fmt: skip
+    close(got, wanted, 4)
+    assert torch.equal(torch.cat([attend(0, 1), attend(1, 4), attend(4, queries)], 1), got)
+
+
+@BOTH
+def test_top_k_with_ties(dtype: torch.dtype) -> None:
+    q = reference.hadamard_fp4(activations(12, 128, dtype)).view(1, 4, 3, 128)
+    keys = reference.hadamard_fp4(activations(40, 128, dtype, 2))[None]
+    keys[:, [5, 9, 30]] = keys[:, :1].clone()
+    keys[:, 20:28] = 0
+    weights = activations(4, 3, dtype).view(1, 4, 3)
+    for k in (1, 7, 16, 36, 39, 60):
+        got = every_way(lambda k=k: native.index_topk(q, keys, weights, 154, 4, k))  # type: ignore
+        if k <= 40:
+            assert torch.equal(got, reference.index_topk(q, keys, weights, 154, 4, k))
+        else:
+            assert got[0, -1].tolist() == [*range(39), *[-1] * 21]
+
+
+# ---------------------------------------------------------------- the whole
+
+
+@pytest.mark.parametrize("ratios", [(0, 4, 128, 4, 0), (128, 4, 128, 0)], ids=["flash", "pro"])
+@pytest.mark.parametrize("numerics", ["official", "float32"])
+def test_logits_are_the_same_bits_in_one_pass_or_many(
+    tmp_path: Path, ratios: tuple[int, ...], numerics: str
+) -> None:
+    config = V4Config(
+        vocab_size=256, hidden_size=256, moe_intermediate_size=128,
+        num_hidden_layers=len(ratios) - 1, num_hash_layers=1, num_attention_heads=3,
+        n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=128, head_dim=128, o_groups=1,
+        o_lora_rank=128, compress_ratios=ratios, index_n_heads=2, index_topk=24,
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "m", config, synthesize(config, seed=1))
+    model = dsv4.load(tmp_path / "m", numerics=numerics)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(256, (290,), generator=generator).tolist()
+    torch.set_num_threads(1)
+    whole = model.logits(ids)
+    torch.set_num_threads(3)
+    session = model.session()
+    parts = [session.extend(ids[:3]), session.extend(ids[3:130])]
+    parts += [session.extend([i]) for i in ids[130:270]]
+    parts += [session.extend(ids[270:])]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.randn(2, 48, requires_grad=True)
+        weight = torch.randn(5, 48)
+        assert native.linear(x, weight, None, F32).requires_grad
+        assert native.rms_norm(x, None, 1e-6).requires_grad
+    x = torch.randn(2, 10)
+    assert torch.equal(native.rms_norm(x, None, 1e-6), reference.rms_norm(x, None, 1e-6))
+    weight = torch.randn(5, 10)  # to be rounded to BF16 first
+    wanted = reference.linear(x, weight, None, BF16)
+    assert torch.equal(native.linear(x, weight, None, BF16), wanted)
+    codes, scale = quant.quantize_fp8(torch.randn(4, 128), F32)
+    odd = scale * 1.5  # not a power of two
+    x = torch.randn(3, 128)
+    assert torch.equal(native.linear(x, codes, odd, F32), reference.linear(x, codes, odd, F32))
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="avx9"):
+        native.use("avx9")
+    assert native.isa() in native.isas()
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"DSV4_KERNELS": "reference"}, "None"),
+        ({"DSV4_KERNELS": "native", "DSV4_ISA": "portable"}, "portable"),
+        ({"DSV4_KERNELS": "fast"}, "native or reference"),
+        ({"DSV4_ISA": "avx9"}, "no such instruction set"),
+    ],
+)
+def test_the_environment_chooses(env: dict[str, str], says: str) -> None:
+    code = "from dsv4 import kernels; print(kernels.NATIVE)"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("DSV4_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean | env
+    )
+    assert says in done.stdout + done.stderr
+
+
+def test_the_table_holds_them() -> None:
+    if kernels.NATIVE is None:
+        pytest.skip("switched off, or no vectors here")
+    for name in native.KERNELS:
+        module = training if name in training.KERNELS else native
+        assert getattr(kernels, name) is getattr(module, name)
+        assert getattr(native, name) is not getattr(reference, name)
