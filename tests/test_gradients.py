@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import gradcheck
 from dsv4 import kernels
 from dsv4.kernels import Stored, reference
 from dsv4.packing import Packing
-from dsv4.train.losses import Objective, losses
+from dsv4.train.losses import losses
 
 Random = Callable[..., Tensor]
 
@@ -123,8 +124,8 @@ def test_the_whole_loss_along_a_direction(attention: str) -> None:
     """Every parameter at once, through packing, recomputation, MTP and balance."""
     net, lengths = network(), [1, 70, 2, 41, 130]
     ids, weights = batch(lengths)
-    objective = Objective(
-        attention=attention, balance_weight=0.1, index_weight=0.0, recompute=True, dtype=DOUBLE.dtype
+    objective = replace(
+        DOUBLE, attention=attention, balance_weight=0.1, index_weight=0.0, recompute=True
     )
     trained = [p for n, p in net.named_parameters() if p.requires_grad and objective.trains(n)]
     generator = torch.Generator().manual_seed(1)

@@ -239,7 +239,9 @@ def test_recomputed_blocks_give_the_same_gradients_from_less_memory(
             kept += x.nbytes
             return x
 
-        objective = replace(DOUBLE, attention=attention, index_weight=index_weight, recompute=recompute)
+        objective = Objective(
+            attention=attention, index_weight=index_weight, recompute=recompute, dtype=torch.float64
+        )
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             total = losses(net, ids, weights, LENGTHS, objective)[0]
         held.append(kept)
