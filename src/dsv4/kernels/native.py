@@ -128,11 +128,12 @@ def route(
     return scores, chosen, weights
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype = F32) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = None) -> Tensor:
     """See ``reference.swiglu``."""
     width = gate.shape[-1]
-    if width % 128 or not _plain(gate, up) or gate.dtype != up.dtype or dtype not in (BF16, F32):
+    if width % 128 or not _plain(gate, up) or gate.dtype != up.dtype:
         return reference.swiglu(gate, up, limit, dtype)
+    dtype = dtype or F32
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate, dtype=dtype)
     _native.swiglu(

@@ -471,10 +471,10 @@ def attention(
     [B, T, k]`` is given, the ones listed (-1: none). Keys are the values. One softmax over both,
     with ``sink [H]`` (one logit per head) in the denominator only. Returns ``[B, T, H, D]``.
     """
-    blocks = list(_query_blocks(q, window, rows, chosen, start, ratio, width))
-    if q.requires_grad and not any(block.sparse for block in blocks):
+    blocks = _query_blocks(q, window, rows, chosen, start, ratio, width)
+    if q.requires_grad:
         trained: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, window, rows, sink, blocks, scale, dtype
+            q, window, rows, sink, list(blocks), scale, dtype
         )
         return trained
     out = []
@@ -484,11 +484,6 @@ def attention(
             assert rows is not None and chosen is not None
             out.append(_gathered(qs, near, rows, chosen[:, block.queries], sink,
                                  block.first, width, scale, dtype))
-        elif q.requires_grad:
-            alone = block._replace(queries=slice(0, qs.shape[1]), near=slice(0, near.shape[1]))
-            out.append(_Attention.apply(  # type: ignore[no-untyped-call]
-                qs, near, rows, sink, [alone], scale, dtype
-            ))
         else:
             keys = near if rows is None else torch.cat((near, rows[:, block.far]), 1)
             out.append(_softmax_attention(qs, keys, block.hidden, sink, scale, dtype))
@@ -512,6 +507,7 @@ def _query_blocks(
 ) -> Iterator[_Block]:
     earlier, device = window.shape[1] - q.shape[1], q.device
     few = chosen is not None and rows is not None and rows.shape[1] > 4 * chosen.shape[2]
+    few = few and not q.requires_grad  # where a masked product is faster
     step = 16 if few else QUERY_BLOCK
     for a in range(0, q.shape[1], step):
         n = min(step, q.shape[1] - a)
@@ -722,12 +718,12 @@ def route(
     return scores, chosen, weights * scale
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype = torch.float32) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = None) -> Tensor:
     """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32, rounded to ``dtype``."""
     gate, up = wide(gate), wide(up)
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (F.silu(gate) * up).to(dtype)
+    return (F.silu(gate) * up).to(dtype or gate.dtype)
 
 
 def routed_experts(
