@@ -30,6 +30,8 @@ from dsv4.train.conversations import (
 from dsv4.train.data import (
     HELD_OUT,
     POOL,
+    Batch,
+    Schedule,
     batches,
     corpus_for_tokenizer,
     document,
@@ -252,41 +254,73 @@ def test_other_tokens_can_be_given_a_weight(tokenizer: Tokenizer) -> None:
 # ------------------------------------------------------------------ batches
 
 
-def test_batches_are_full_and_hold_one_document_a_row(tokenizer: Tokenizer) -> None:
-    pad, wanted, got = tokenizer.special_id(PAD), 0, 0
-    for ids, weights in islice(batches(tokenizer, 0, 4096), POOL):
-        assert ids.shape == weights.shape and ids.dtype == torch.int64
-        assert ids.numel() <= 4096 and ids.shape[1] % 8 == 0
-        assert (ids[:, 0] == tokenizer.bos_id).all() and (ids[:, 1:] != tokenizer.bos_id).all()
-        assert (weights[ids == pad] == 0).all() and weights.sum(1).min() >= 2
-        wanted += ids.numel()
-        got += int((ids != pad).sum())
-    assert got / wanted > 0.9 and wanted / (POOL * 4096) > 0.85
+def split(batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and weights of each sample of a batch."""
+    both = (x[0].split(batch.lengths) for x in (batch.ids, batch.weights))
+    return list(zip(*both, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "longest"), [(1024, 1000), (4096, 300), (4096, 4096)])
+def test_batches_are_whole_documents_and_little_filler(
+    tokenizer: Tokenizer, tokens: int, longest: int
+) -> None:
+    pad, eos, wasted = tokenizer.special_id(PAD), tokenizer.eos_id, 0
+    for batch in islice(batches(tokenizer, 0, tokens, longest), POOL):
+        assert batch.ids.shape == batch.weights.shape == (1, tokens)
+        assert batch.ids.dtype == torch.int64 and batch.weights.dtype == torch.float32
+        samples = split(batch)
+        if (samples[-1][0] == pad).all():
+            ids, weights = samples.pop()
+            assert not weights.any()
+            wasted += len(ids)
+        for ids, weights in samples:
+            assert ids[0] == tokenizer.bos_id and (ids == tokenizer.bos_id).sum() == 1
+            assert ids[-1] == eos and weights[0] == 0 and weights[-1] == 1
+            assert (ids != pad).all()
+    assert wasted < 0.02 * POOL * tokens
+
+
+def test_every_batch_of_a_pool_has_the_same_mixture(tokenizer: Tokenizer) -> None:
+    counts = [len(b.lengths) for b in islice(batches(tokenizer, 0, 4096, 1000), POOL)]
+    assert max(counts) < 1.5 * min(counts)
+
+
+def test_samples_are_the_documents_of_the_stream(tokenizer: Tokenizer) -> None:
+    shares = {"arithmetic": 1.0, "dialogue": 1.0}
+    made = {tuple(render(document(i, 0, "train", shares), tokenizer)[0]) for i in range(1000)}
+    for batch in islice(batches(tokenizer, 0, 1024, 64, weights=shares), POOL):
+        got = [tuple(ids.tolist()) for ids, _ in split(batch)]
+        assert len(made.intersection(got)) >= len(set(got)) - 1  # and the filler
 
 
 def test_batches_resume_bit_for_bit(tokenizer: Tokenizer) -> None:
-    schedule = ramp(100, 1000, 100)
-    whole = list(islice(batches(tokenizer, 3, 1024, schedule), POOL + 6))
+    tokens, longest = ramp(1024, 2048, 30), ramp(100, 1000, 100)
+    whole = list(islice(batches(tokenizer, 3, tokens, longest), POOL + 6))
+    assert [b.ids.shape[1] for b in whole] == [tokens(k) for k in range(len(whole))]
     for start in (0, 1, POOL - 1, POOL, POOL + 3):
-        again = batches(tokenizer, 3, 1024, schedule, start_batch=start)
+        again = batches(tokenizer, 3, tokens, longest, start_batch=start)
         for old, new in zip(whole[start : start + 3], again, strict=False):
-            assert torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
-    other = next(batches(tokenizer, 4, 1024, schedule))
-    assert other[0].shape != whole[0][0].shape or not torch.equal(other[0], whole[0][0])
+            assert torch.equal(old.ids, new.ids) and torch.equal(old.weights, new.weights)
+            assert old.lengths == new.lengths
+    assert not torch.equal(next(batches(tokenizer, 4, tokens, longest)).ids, whole[0].ids)
 
 
 def test_recall_texts_grow_with_the_schedule(tokenizer: Tokenizer) -> None:
     only = {"recall": 1.0}
-    widest = []
-    for start in (0, 4 * POOL):
-        stream = batches(tokenizer, 0, 1024, ramp(128, 1000, 4 * POOL), start, weights=only)
-        widest.append(max(ids.shape[1] for ids, _ in islice(stream, POOL)))
-    assert widest[0] <= 128 and 600 < widest[1] <= 1000
+    longest = []
+    for start in (0, 16 * POOL):
+        stream = batches(tokenizer, 0, 1024, ramp(128, 1000, 16 * POOL), start, weights=only)
+        texts = [ids for b in islice(stream, POOL) for ids, _ in split(b) if ids[-1] == 1]
+        longest.append(max(map(len, texts)))
+    assert longest[0] <= 128 and 600 < longest[1] <= 1000
 
 
-def test_a_length_that_fits_no_batch_is_refused(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("tokens", [1024, lambda k: 4096 - 3072 * (k == 5)])
+def test_a_length_that_fits_no_batch_is_refused(
+    tokenizer: Tokenizer, tokens: int | Schedule
+) -> None:
     with pytest.raises(TrainingError, match="max_length"):
-        next(batches(tokenizer, 0, 1024, 2048))
+        next(batches(tokenizer, 0, tokens, 2048))
 
 
 # ------------------------------------------------------------------ vocabulary and summary

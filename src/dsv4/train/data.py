@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -122,100 +123,123 @@ def ramp(start: int, end: int, batches: int) -> Callable[[int], int]:
     return at
 
 
-POOL = 64  # batches that are drawn, sorted by length and shuffled together
+POOL = 16  # batches whose samples are drawn and packed together
+Schedule = Callable[[int], int]  # a number that may differ from batch to batch
+
+
+class Batch(NamedTuple):
+    """Samples one after another in one row: ids ``[1, N]`` int64, weights ``[1, N]`` float32.
+
+    ``lengths`` are the samples' lengths in tokens, in order; their sum is N. ``weights`` are loss
+    weights of ids as targets; the first of a sample is 0, as nothing predicts it. What the samples
+    leave empty is one last sample of PAD at weight 0.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    lengths: tuple[int, ...]
 
 
 def batches(
     tokenizer: Tokenizer,
     seed: int,
-    tokens_per_batch: int = 4096,
-    max_length: int | Callable[[int], int] = 2048,
+    tokens_per_batch: int | Schedule = 4096,
+    max_length: int | Schedule = 2048,
     start_batch: int = 0,
     *,
     weights: Mapping[str, float] | None = None,
     prompt_weight: float = 0.0,
-    multiple: int = 8,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids ``[B, T]`` int64, loss weights ``[B, T]`` float32) of the train split.
+) -> Iterator[Batch]:
+    """Endless packed batches of the train split, each of exactly ``tokens_per_batch`` tokens.
 
-    A row is one document from its BOS on, padded on the right with PAD at weight 0; the rows of
-    a batch have similar lengths, ``B * T <= tokens_per_batch`` and ``T`` is a multiple of
-    ``multiple``; a document too long for a batch is left out.
+    A sample is one document from BOS to EOS. ``max_length`` (tokens) bounds the recall documents,
+    the only long ones; others may have some 700. A document longer than the shortest batch of its
+    pool is left out.
 
-    ``max_length`` (tokens, may depend on the batch number, see ``ramp``) bounds the recall
-    documents, the only long ones; others may have some 700. It is read once for each ``POOL``
-    batches. Batch k depends on the arguments and k alone, so training resumes with
-    ``start_batch``, at the cost of one pool at most.
+    Both numbers may depend on the batch number (see ``ramp``); ``max_length`` is read once for
+    each ``POOL`` batches. Batch k depends on the arguments and k alone, so training resumes with
+    ``start_batch``, at the cost of making one pool.
 
     Raises TrainingError when ``max_length`` is below 64 or more than a batch holds.
     """
     pad = tokenizer.special_id(PAD)
-    k = start_batch
-    while True:
-        limit = max_length(k - k % POOL) if callable(max_length) else max_length
-        if limit < 64 or _up(limit, multiple) > tokens_per_batch:
+    size, longest = (x if callable(x) else _always(x) for x in (tokens_per_batch, max_length))
+    for number in count(start_batch // POOL):
+        first = number * POOL
+        sizes, limit = [size(k) for k in range(first, first + POOL)], longest(first)
+        if not 64 <= limit <= min(sizes):
             raise TrainingError(
                 "max_length does not suit tokens_per_batch",
-                expected=f"64 to {tokens_per_batch}",
+                expected=f"64 to {min(sizes)}",
                 got=limit,
                 hint="raise tokens_per_batch or lower max_length",
             )
-        pool = _pool(
-            tokenizer, seed, k // POOL, tokens_per_batch, limit, weights, prompt_weight, multiple
-        )
-        for rows in pool[k % POOL :]:
-            width = _up(max(len(ids) for ids, _ in rows), multiple)
-            ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-            loss = torch.zeros(len(rows), width)
-            for r, (row, row_weights) in enumerate(rows):
-                ids[r, : len(row)] = torch.tensor(row)
-                loss[r, : len(row)] = torch.tensor(row_weights)
-            yield ids, loss
-            k += 1
+        samples = _samples(tokenizer, seed, number, sum(sizes), limit, weights, prompt_weight)
+        fitting = (s for s in samples if len(s[0]) <= min(sizes))
+        rows = pack(fitting, sizes, rng_for("pool", seed, number))
+        for k in range(max(first, start_batch), first + POOL):
+            yield _batch(rows[k - first], sizes[k - first], pad)
 
 
-Row = tuple[list[int], list[float]]
+Sample = tuple[list[int], list[float]]  # token ids and their loss weights
 
 
-def _up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def _always(value: int) -> Schedule:
+    return lambda _: value
 
 
-def _pool(
+def _samples(
     tokenizer: Tokenizer,
     seed: int,
     number: int,
-    tokens_per_batch: int,
+    tokens: int,
     limit: int,
     weights: Mapping[str, float] | None,
     prompt_weight: float,
-    multiple: int,
-) -> list[list[Row]]:
-    """Pool ``number``: exactly POOL batches of rows of similar length, in random order."""
+) -> Iterator[Sample]:
+    """The samples of pool ``number``, endless."""
+    for i in count(number << 24):  # more documents than a pool can use
+        doc = document(i, seed, "train", weights, max(48, limit - 80))
+        sample = render(doc, tokenizer, prompt_weight)
+        if doc.task != "recall" or len(sample[0]) <= limit:
+            yield sample
 
-    def padded(row: Row) -> int:
-        return _up(len(row[0]), multiple)
 
-    rows: list[Row] = []
-    total = 0
-    stream = count(number << 24)  # more documents than a pool can use
-    while total < POOL * tokens_per_batch:  # so that at least POOL batches come out
-        doc = document(next(stream), seed, "train", weights, max(48, limit - 80))
-        row = render(doc, tokenizer, prompt_weight)
-        if padded(row) <= (limit if doc.task == "recall" else tokens_per_batch):
-            rows.append(row)
-            total += padded(row)
-    rng = rng_for("pool", seed, number)
-    rng.shuffle(rows)
-    rows.sort(key=padded, reverse=True)
-    cut: list[list[Row]] = [[]]
+def pack(samples: Iterable[Sample], sizes: Sequence[int], rng: Random) -> list[list[Sample]]:
+    """Rows of at most ``sizes`` tokens: long samples first, each where most room is left.
+
+    So every row gets the same mixture of long and short, and the short ones fill it up. Takes
+    samples until they have as many tokens as the rows; what then fits nowhere is dropped. The
+    order within a row is random.
+    """
+    wanted = sum(sizes)
+    taken: list[Sample] = []
+    for sample in samples:
+        taken.append(sample)
+        wanted -= len(sample[0])
+        if wanted <= 0:
+            break
+    rows: list[list[Sample]] = [[] for _ in sizes]
+    room = list(sizes)
+    for sample in sorted(taken, key=lambda s: len(s[0]), reverse=True):
+        r = room.index(max(room))
+        if len(sample[0]) <= room[r]:
+            rows[r].append(sample)
+            room[r] -= len(sample[0])
     for row in rows:
-        first = cut[-1][0] if cut[-1] else row
-        if (len(cut[-1]) + 1) * padded(first) > tokens_per_batch:
-            cut.append([])
-        cut[-1].append(row)
-    rng.shuffle(cut)
-    return cut[:POOL]
+        rng.shuffle(row)
+    return rows
+
+
+def _batch(row: list[Sample], size: int, pad: int) -> Batch:
+    used = sum(len(ids) for ids, _ in row)
+    filler = [([pad] * (size - used), [0.0] * (size - used))] if used < size else []
+    samples = [*row, *filler]
+    return Batch(
+        torch.tensor([[i for ids, _ in samples for i in ids]]),
+        torch.tensor([[w for _, loss in samples for w in loss]]),
+        tuple(len(ids) for ids, _ in samples),
+    )
 
 
 # ------------------------------------------------------------------ vocabulary and summary

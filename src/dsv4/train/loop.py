@@ -32,7 +32,7 @@ from ..errors import TrainingError
 from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
 from ..tokenizer import Tokenizer
 from .conversations import TASKS
-from .data import batches, corpus_for_tokenizer, ramp
+from .data import Batch, batches, corpus_for_tokenizer, ramp
 from .optim import MuonAdamW, OptimSettings
 
 if sys.version_info >= (3, 11):
@@ -236,7 +236,7 @@ class Run:
 
     # ------------------------------------------------------------ the run
 
-    def data(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def data(self) -> Iterator[Batch]:
         """Batches from the present step on."""
         r, end = self.recipe, 0
         length = ramp(r.first_length, r.last_length, r.ramp_steps)
@@ -289,7 +289,7 @@ class Run:
             try:
                 while self.step < r.steps:
                     began = time.perf_counter()
-                    ids, weights = next(stream)
+                    ids, weights, _ = next(stream)
                     window.append(self.train_step(ids, weights))
                     self.step += 1
                     self.tokens += ids.numel()
