@@ -11,7 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..tokenizer import Tokenizer
 from ..train.data import document, render
-from .tasks import TASKS, find_task, instance
+from .tasks import find_task, instance, usual
 
 
 class ChatModel(Protocol):
@@ -56,8 +56,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Greedy accuracy on ``n`` held-out instances of each task.
 
-    Returns ``{"seed", "n", "tasks": {name: {"correct", "n", "accuracy", "interval", "thinking"}}}``
-    with ``interval`` the 95% Wilson interval. ``tasks`` are names (default: all), ``thinking``
+    Returns ``{"seed", "n", "tasks": {name: {"correct", "n", "accuracy", "interval", "chance",
+    "thinking"}}}`` with ``interval`` the 95% Wilson interval and ``chance`` what guessing gets.
+    ``tasks`` are names (default: all but those with prompts of 8,000 tokens and more), ``thinking``
     replaces the tasks' own efforts, and ``progress(task, done, correct)`` is called after every
     reply. Prompt lengths are exact when the model has a ``tokenizer``.
 
@@ -65,7 +66,7 @@ def evaluate(
     """
     if n < 1:
         raise ConfigError("nothing to evaluate", expected="n of at least 1", got=n)
-    chosen = [find_task(name) for name in (TASKS if tasks is None else tasks)]
+    chosen = [find_task(name) for name in (usual() if tasks is None else tasks)]
     tokenizer = getattr(model, "tokenizer", None)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else None
     results: dict[str, Any] = {}
@@ -88,6 +89,7 @@ def evaluate(
             "n": n,
             "accuracy": correct / n,
             "interval": list(wilson(correct, n)),
+            "chance": task.chance,
             "thinking": effort,
         }
     return {"seed": seed, "n": n, "tasks": results}

@@ -2,7 +2,7 @@
 
 Nothing is stored. Document ``i`` of a stream depends on ``(seed, split, i)`` and on nothing else,
 and batch ``k`` on ``(seed, k)``, so a run resumes by number. What the documents say is in
-``conversations``.
+``generators``.
 """
 
 from __future__ import annotations
@@ -28,22 +28,40 @@ from ..encoding import (
     encode_segments,
 )
 from ..errors import TrainingError
-from .conversations import TASKS, Document, Split, recall, rng_for
+from .generators import TASKS
+from .generators.document import Document, Split, rng_for
+from .generators.needles import key_value, multi_needle, recall
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
-# Documents per task, relative. In tokens recall and arithmetic lead, because they are the longest
-# and the most numerous.
+# Documents per task, relative.
 WEIGHTS: Mapping[str, float] = {
-    "arithmetic": 36,
-    "number_facts": 10,
-    "recall": 15,
-    "json_extract": 9,
+    "arithmetic": 20,
+    "number_facts": 6,
+    "addition": 10,
+    "word_problem": 8,
+    "units": 5,
+    "dates": 5,
+    "sorting": 6,
+    "letters": 6,
+    "recall": 10,
+    "multi_needle": 4,
+    "key_value": 4,
+    "json_extract": 6,
+    "json_nested": 4,
+    "json_convert": 4,
     "tool_call": 6,
-    "dialogue": 32,
+    "code_output": 6,
+    "dictionary": 10,
+    "dialogue": 30,
 }
 HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k != "number_facts"}
+_LONG: Mapping[str, Callable[..., Document]] = {  # tasks whose length is chosen
+    "recall": recall,
+    "multi_needle": multi_needle,
+    "key_value": key_value,
+}
 
 # ------------------------------------------------------------------ streams
 
@@ -64,8 +82,8 @@ def document(
     rng = rng_for("document", seed, split, index)
     shares = weights or (WEIGHTS if split == "train" else HELD_OUT)
     task = rng.choices(list(shares), list(shares.values()))[0]
-    if task == "recall":
-        return recall(rng, split, longest=longest)
+    if task in _LONG:
+        return _LONG[task](rng, split, longest=longest)
     return TASKS[task](rng, split)
 
 
@@ -201,7 +219,7 @@ def _samples(
     for i in count(number << 24):  # more documents than a pool can use
         doc = document(i, seed, "train", weights, max(48, limit - 80))
         sample = render(doc, tokenizer, prompt_weight)
-        if doc.task != "recall" or len(sample[0]) <= limit:
+        if doc.task not in _LONG or len(sample[0]) <= limit:
             yield sample
 
 

@@ -31,8 +31,8 @@ from ..config import PRESETS, V4Config
 from ..errors import TrainingError
 from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
 from ..tokenizer import Tokenizer
-from .conversations import TASKS
 from .data import Batch, batches, corpus_for_tokenizer, ramp
+from .generators import TASKS
 from .optim import MuonAdamW, OptimSettings
 
 if sys.version_info >= (3, 11):
