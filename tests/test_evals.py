@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from dsv4.cli import app
 from dsv4.errors import ConfigError
-from dsv4.evals.run import evaluate, heldout_loss, wilson
+from dsv4.evals.run import bits_per_byte, evaluate, heldout_loss, wilson
 from dsv4.evals.tasks import (
     TASKS,
     Instance,
@@ -34,6 +34,7 @@ from dsv4.evals.tasks import (
 from dsv4.tokenizer import Tokenizer
 from dsv4.train.data import corpus_for_tokenizer
 from dsv4.train.generators.document import held_out, pair_key, rng_for
+from dsv4.train.text import corpus
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +341,18 @@ def test_heldout_loss_of_a_uniform_model_is_the_log_of_its_vocabulary(
     loss = heldout_loss(Uniform(), tokenizer, seed=0, n=60, longest=200)
     assert {"all", "arithmetic", "recall"} <= set(loss)
     assert all(math.isclose(v, math.log(2048), rel_tol=1e-5) for v in loss.values())
+
+
+def test_bits_per_byte_count_bytes_and_not_tokens(tokenizer: Tokenizer) -> None:
+    class Uniform:
+        def logits(self, ids: Any) -> torch.Tensor:
+            return torch.zeros(len(ids), tokenizer.vocab_size)
+
+    texts = corpus("python").heldout[:5]
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    expected = math.log2(tokenizer.vocab_size) * tokens / sum(len(t.encode()) for t in texts)
+    got = bits_per_byte(Uniform(), tokenizer, "python", n=5, longest=10_000)
+    assert math.isclose(got, expected, rel_tol=1e-5)
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ OPERATION = re.compile(r"(\d+) ?([-+*x]|plus|minus|times|by|to|and|from) ?(\d+)"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(corpus_for_tokenizer(0, 12000), 2048, progress=False)
+    return Tokenizer.train(corpus_for_tokenizer(0, 12000), 4096, progress=False)
 
 
 def said(doc: Document) -> str:
@@ -446,7 +446,7 @@ def test_a_length_that_fits_no_batch_is_refused(
 
 
 def test_the_vocabulary_fits_the_data(tokenizer: Tokenizer) -> None:
-    assert tokenizer.vocab_size == 2048
+    assert tokenizer.vocab_size == 4096
     summary = stats(0, 300, tokenizer)
     assert sum(row.documents for row in summary.values()) == 300
     tools = encode_messages(tool_call(rng_for(0)).messages[:2], "thinking")

@@ -11,6 +11,7 @@ import torch
 from ..errors import ConfigError
 from ..tokenizer import Tokenizer
 from ..train.data import document, render
+from ..train.text import corpus
 from .tasks import find_task, instance, usual
 
 
@@ -118,3 +119,22 @@ def heldout_loss(
             total[0] += float(loss @ weight)
             total[1] += float(weight.sum())
     return {key: loss / count for key, (loss, count) in sums.items()}
+
+
+@torch.inference_mode()
+def bits_per_byte(
+    model: LogitsModel, tokenizer: Tokenizer, text: str, n: int = 50, longest: int = 2000
+) -> float:
+    """Bits that the model needs for a byte of held-out running text, from a source of
+    train/text.py: the first ``n`` of its held-out documents, up to ``longest`` tokens of each.
+
+    Comparable between vocabularies. Raises TrainingError for a text that is not installed.
+    """
+    nats, size = 0.0, 0
+    for passage in corpus(text).heldout[:n]:
+        ids = [tokenizer.bos_id, *tokenizer.encode(passage)[: longest - 1]]
+        size += sum(len(tokenizer.token_bytes(i)) for i in ids[1:])
+        logits = model.logits(ids)[:-1].float()
+        targets = torch.tensor(ids[1:], device=logits.device)
+        nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    return nats / math.log(2) / size

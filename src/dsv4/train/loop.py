@@ -31,8 +31,7 @@ from ..config import PRESETS, V4Config
 from ..errors import TrainingError
 from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
 from ..tokenizer import Tokenizer
-from .data import Batch, batches, corpus_for_tokenizer, ramp
-from .generators import TASKS
+from .data import KINDS, Batch, batches, corpus_for_tokenizer, ramp
 from .optim import MuonAdamW, OptimSettings
 
 if sys.version_info >= (3, 11):
@@ -101,10 +100,10 @@ class Recipe:
         if recipe.preset not in PRESETS:
             raise TrainingError("preset", expected=", ".join(PRESETS), got=recipe.preset)
         for stage in kept:
-            wrong = sorted(set(stage.shares) - set(TASKS))
+            wrong = sorted(set(stage.shares) - set(KINDS))
             if wrong:
                 raise TrainingError(
-                    f"{path}: shares", expected=", ".join(TASKS), got=", ".join(wrong)
+                    f"{path}: shares", expected=", ".join(KINDS), got=", ".join(wrong)
                 )
         return recipe
 
