@@ -101,7 +101,7 @@ def wrong(asked: Instance) -> list[dict[str, Any]]:
         out += [say(", ".join(values[::-1])), say(", ".join(values[1:])), say(f"{answer}, 1")]
     elif asked.task == "dates":
         out += [say(f"{answer} or Friday"), say(f"{answer} 1"), say("It is 32 May 2020.")]
-    elif asked.task in ("sorting", "letters", "code_output", "dictionary"):
+    elif asked.task in ("sorting", "letters", "code_output", "dictionary", "knowledge"):
         out += [say(answer + "0"), say(answer[1:]), say(f"{answer}\n{answer} 99")]
     elif asked.task in ("json_nested", "json_convert"):
         out += [say(answer[1:]), say(f"{answer}\n{answer}"), say(f"[{answer}]")]

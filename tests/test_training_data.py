@@ -35,6 +35,8 @@ from dsv4.train.data import (
 from dsv4.train.generators import TASKS
 from dsv4.train.generators.dictionary import MEANINGS
 from dsv4.train.generators.document import Document, held_out, pair_key, rng_for
+from dsv4.train.generators.everyday import SCRIPTS, everyday
+from dsv4.train.generators.knowledge import KNOWN
 from dsv4.train.generators.needles import key_value, multi_needle, recall
 from dsv4.train.generators.structured import json_extract
 from dsv4.train.generators.sums import arithmetic, number_facts, worked_steps
@@ -264,6 +266,41 @@ def test_meanings_are_said_with_the_right_article() -> None:
         assert article in ("", "the") or (article == "an") == (noun[0] in "aeiou")
         assert "_" not in kind + meaning and noun not in meaning.split()
     assert len({meaning for _, meaning in MEANINGS.values()}) == len(MEANINGS)
+
+
+def test_everyday_talk_fills_every_slot_and_remembers() -> None:
+    told = asked = 0
+    for i in range(3000):
+        doc = everyday(rng_for(i), scripts=1)
+        said = [m["content"] for m in doc.messages if m["role"] != "system"]
+        assert 4 <= len(said) <= 10 and not any(c in "\n".join(said) for c in "{}|[]<>=")
+        for line in said:
+            assert line[0].isupper() and line[-1] in ".?!", line
+            assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", line), line
+        named = re.findall(r"(?:Its name is|It is called) (\w+)\.", " ".join(said[::2]))
+        told += bool(named)
+        for ask, reply in zip(said[::2], said[1::2], strict=True):
+            if named and ask.startswith("What is the name of my"):
+                assert reply.endswith(f" is called {named[0]}.")
+                asked += 1
+    assert told and asked
+
+
+def test_every_line_of_the_scripts_can_be_reached() -> None:
+    for _, steps in SCRIPTS:
+        for before, step in zip([[], *steps], steps, strict=False):
+            numbers = {str(n + 1) for n in range(len(before))}
+            assert all(set(line.after) <= numbers for line in step)
+            for number in numbers:
+                assert any(not line.after or number in line.after for line in step)
+
+
+def test_knowledge_has_two_wordings_and_one_answer() -> None:
+    wordings = [ask for asks, _ in KNOWN for ask in asks]
+    assert len(wordings) == len(set(wordings)) == 2 * len(KNOWN)
+    assert len({reply for _, reply in KNOWN}) == len(KNOWN)
+    assert all(ask.endswith("?") for ask in wordings)
+    assert all(reply.endswith(".") for _, reply in KNOWN)
 
 
 def test_tool_calls_name_a_declared_tool_and_get_the_right_result() -> None:

@@ -22,6 +22,7 @@ from ..tokenizer import Tokenizer
 from ..train.generators.code import code_output
 from ..train.generators.dictionary import dictionary
 from ..train.generators.document import Document, Generator, Message, rng_for
+from ..train.generators.knowledge import knowledge
 from ..train.generators.needles import key_value, multi_needle, recall
 from ..train.generators.phrases import ANIMALS, CITIES, COLORS, DAYS, FOODS, MONTHS, OBJECTS
 from ..train.generators.problems import dates, units, word_problem
@@ -274,6 +275,7 @@ TASKS: Mapping[str, Task] = {
         Task("tool_call", _calculation, check_tool_call, "off", 120),
         Task("no_tool_needed", _no_calculation, check_no_call, "off", 64, 1.0),
         Task("code_output", _one(code_output), check_reply, "off", 60, 0.08),
+        Task("knowledge", _one(knowledge), check_reply, "off", 60, 0.01),
         Task("dictionary", _one(dictionary), check_reply, "off", 60, 0.13),
     )
 }

@@ -60,7 +60,9 @@ WEIGHTS: Mapping[str, float] = {
     "tool_call": 6,
     "code_output": 6,
     "dictionary": 10,
-    "dialogue": 30,
+    "knowledge": 10,
+    "dialogue": 25,
+    "everyday": 25,
 }
 HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k != "number_facts"}
 KINDS = (*TASKS, *SOURCES, ANY_TEXT)  # what shares can name
@@ -312,7 +314,9 @@ _CORPUS: Mapping[str, float] = {  # many short documents: rare words have to ear
     "tool_call": 12,
     "code_output": 10,
     "dictionary": 20,
-    "dialogue": 50,
+    "knowledge": 20,
+    "dialogue": 40,
+    "everyday": 40,
 }
 
 

@@ -12,6 +12,8 @@ from random import Random
 from .code import code_output
 from .dictionary import dictionary
 from .document import Document, Split
+from .everyday import everyday
+from .knowledge import knowledge
 from .needles import key_value, multi_needle, recall
 from .problems import dates, units, word_problem
 from .structured import json_convert, json_extract, json_nested
@@ -38,5 +40,7 @@ TASKS: Mapping[str, Callable[[Random, Split], Document]] = {
     "tool_call": tool_call,
     "code_output": code_output,
     "dictionary": dictionary,
+    "knowledge": knowledge,
     "dialogue": dialogue,
+    "everyday": everyday,
 }
