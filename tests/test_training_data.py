@@ -295,6 +295,16 @@ def test_every_line_of_the_scripts_can_be_reached() -> None:
                 assert any(not line.after or number in line.after for line in step)
 
 
+def test_no_training_conversation_asks_a_held_out_question_of_knowledge() -> None:
+    asks = {ask for asks, _ in KNOWN for ask in asks}
+    shares = {"knowledge": 1.0, "dialogue": 3.0, "everyday": 1.0, "tool_call": 1.0}
+    asked: set[str] = set()
+    for doc in islice(documents(0, weights=shares), 6000):
+        assert isinstance(doc, Document)
+        asked |= {m["content"] for m in doc.messages if m["role"] == "user"} & asks
+    assert len(asked) > 200 and not any(held_out("talk", ask) for ask in asked)
+
+
 def test_knowledge_has_two_wordings_and_one_answer() -> None:
     wordings = [ask for asks, _ in KNOWN for ask in asks]
     assert len(wordings) == len(set(wordings)) == 2 * len(KNOWN)

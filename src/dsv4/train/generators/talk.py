@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from random import Random
 
+from .dictionary import entry
 from .document import Document, Split, assistant, draw, finish, pair_key, system, user
+from .knowledge import known
 from .phrases import (
     ANIMALS,
     CAPITALS,
@@ -230,6 +232,11 @@ def _product(rng: Random) -> list[Exchange]:
     return [(rng.choice(MULTIPLY[:8]).format(a=a, b=b), "I can not multiply.", reply)]
 
 
+def _known(rng: Random) -> list[Exchange]:
+    it = draw("train", lambda: rng.choice((known, entry))(rng), lambda it: it.fact)
+    return [(it.ask, it.why, it.reply)]
+
+
 def _my_name(rng: Random) -> list[Exchange]:
     name = rng.choice(NAMES)
     tell = rng.choice(("My name is {}.", "I am {}.", "Hello, I am {}.", "Hi, my name is {}."))
@@ -277,7 +284,10 @@ PLAIN: tuple[Callable[[Random], list[Exchange]], ...] = (
     _month_after,
     _simple,
 )
-_MORE = (_who, _help, _unknown, _unknown, _my_name, _my_name, _my_taste, _sum, _sum, _product)
+_MORE = (
+    _who, _help, _unknown, _unknown, _known, _known, _known, _my_name, _my_name, _my_taste,
+    _sum, _sum, _product,
+)  # fmt: skip
 _TOPICS = (*PLAIN, *_MORE)
 
 
