@@ -23,6 +23,7 @@ from dsv4.train.text import (
     SOURCES,
     Passage,
     Source,
+    _sizes,
     corpus,
     deduplicate,
     passage,
@@ -55,9 +56,11 @@ def stories(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.delitem(SOURCES, name)
     for source in (there, lost):
         monkeypatch.setitem(SOURCES, source.name, source)
-    corpus.cache_clear()
+    for cache in (corpus, _sizes):
+        cache.cache_clear()
     yield texts
-    corpus.cache_clear()
+    for cache in (corpus, _sizes):
+        cache.cache_clear()
 
 
 # ------------------------------------------------------------------ cleaning
@@ -165,12 +168,15 @@ def test_the_splits_are_disjoint_and_a_tenth_is_held_out(stories: list[str]) -> 
     assert drawn == set(made.heldout)
 
 
-def test_a_missing_text_is_refused_with_the_command_that_installs_it(stories: list[str]) -> None:
+def test_a_missing_text_is_refused_or_said_with_the_command_that_installs_it(
+    stories: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(TrainingError, match="apt-get install lost"):
         document(0, 0, weights={"lost": 1.0})
     with pytest.raises(TrainingError, match="stories"):
         corpus("tales")
     assert {passage(rng_for(i), "train", "text").task for i in range(9)} == {"stories"}
+    assert capsys.readouterr().err == "texts that are not installed: lost (apt-get install lost)\n"
 
 
 # ------------------------------------------------------------------ tokens

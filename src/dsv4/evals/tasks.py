@@ -242,7 +242,7 @@ def _long(name: str, make: Callable[[Random, int], Document], check: Checker, mo
     """A task with a prompt of about ``most`` tokens; the longest are run when named."""
     low = most - most // 10
     chance = 0.0 if make is _several_keys else 0.02
-    return Task(name, make, check, "off", 160, chance, (low, most), most < 8000)
+    return Task(name, make, check, "off", 160, chance, (low, most), most < 3000)
 
 
 TASKS: Mapping[str, Task] = {

@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -253,15 +254,24 @@ def passage(rng: Random, split: Split, name: str) -> Passage:
     One in ten is cut at two random places, to be learned as prefix, suffix, middle.
     """
     if name == ANY_TEXT:
-        there = present()  # never empty: Python brings one
-        sizes = [len(corpus(each).of(split)) for each in there]
-        name = rng.choices(there, sizes)[0]
+        sizes = _sizes(split)
+        name = rng.choices(list(sizes), list(sizes.values()))[0]
     text = rng.choice(corpus(name).of(split))
     holes = None
     if rng.random() < FIM_RATE:
         first, second = sorted(rng.randrange(len(text) + 1) for _ in range(2))
         holes = first, second
     return Passage(text, name, holes)
+
+
+@lru_cache(maxsize=2)
+def _sizes(split: Split) -> dict[str, int]:
+    """Documents of each installed source; says once which ones are missing."""
+    there = present()  # never empty: Python brings one
+    missing = [f"{name} ({s.install})" for name, s in SOURCES.items() if name not in there]
+    if missing:
+        print(f"texts that are not installed: {', '.join(missing)}", file=sys.stderr)
+    return {name: len(corpus(name).of(split)) for name in there}
 
 
 @lru_cache(maxsize=len(SOURCES))

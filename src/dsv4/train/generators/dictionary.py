@@ -125,6 +125,6 @@ def entry(rng: Random) -> Item:
     return Item(ask, full, reply, reply[:-1], ("talk", ask))
 
 
-dictionary = generator("dictionary", entry, think=0.3)
+dictionary = generator("dictionary", entry, think=0.3, talk=True)
 """What a word means, which word has a meaning, and whether something is of a kind. What is held
 out is a question as it is worded; the words themselves are all learned."""

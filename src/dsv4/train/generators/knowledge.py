@@ -172,5 +172,5 @@ def known(rng: Random) -> Item:
     return Item(ask, reply, reply, reply[:-1], ("talk", ask))
 
 
-knowledge = generator("knowledge", known, think=0.2, most=5)
+knowledge = generator("knowledge", known, think=0.2, most=5, talk=True)
 """Simple questions about the world. What is held out is a question as it is worded."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from .dictionary import entry
-from .document import Document, Split, assistant, draw, finish, pair_key, system, user
+from .document import Document, Split, assistant, draw, finish, pair_key, system, typed, user
 from .knowledge import known
 from .phrases import (
     ANIMALS,
@@ -309,5 +309,5 @@ def dialogue(rng: Random, split: Split = "train", *, thinking: bool | None = Non
     talk = draw(split, sample, key)
     messages = system(rng, 0.25)
     for said, why, reply in talk:
-        messages += [user(said), assistant(reply, why if thinking else None)]
+        messages += [user(typed(rng, said)), assistant(reply, why if thinking else None)]
     return finish(rng, "dialogue", messages, thinking, talk[-1][2], (key(talk),))
