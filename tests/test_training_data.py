@@ -491,6 +491,12 @@ def test_a_length_that_fits_no_batch_is_refused(
         next(batches(tokenizer, 0, tokens, 2048))
 
 
+def test_documents_that_never_fit_are_refused(tokenizer: Tokenizer) -> None:
+    stream = batches(tokenizer, 0, 1024, 64, weights={"multi_needle": 1.0})
+    with pytest.raises(TrainingError, match="in a row did not fit"):
+        next(stream)
+
+
 # ------------------------------------------------------------------ vocabulary and summary
 
 

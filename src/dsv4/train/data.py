@@ -117,12 +117,11 @@ Sample = tuple[list[int], list[float]]  # token ids and their loss weights
 def render(doc: Document | Passage, tokenizer: Tokenizer, prompt_weight: float = 0.0) -> Sample:
     """Token ids of the whole document and one loss weight per id, as a target.
 
-    All of a running text weighs 1. In a conversation:
-
-    Weight 1 is on what the assistant has to produce: reasoning, ``</think>``, content, tool calls
-    and EOS, not the ``<think>`` or ``</think>`` with which the prompt ends. All other tokens weigh
-    ``prompt_weight``, and BOS, which nothing predicts, 0. In thinking mode without tools only the
-    last turn counts: the ones before are shown without their reasoning, as no model wrote them.
+    All of a running text weighs 1. In a conversation weight 1 is on what the assistant has to
+    produce: reasoning, ``</think>``, content, tool calls and EOS, not the ``<think>`` or
+    ``</think>`` with which the prompt ends. All other tokens weigh ``prompt_weight``, and BOS,
+    which nothing predicts, 0. In thinking mode without tools only the last turn counts: the ones
+    before are shown without their reasoning, as no model wrote them.
     """
     if isinstance(doc, Passage):
         return _render_text(doc, tokenizer)
@@ -167,8 +166,11 @@ def cut(sample: Sample, length: int) -> list[Sample]:
     ]
 
 
-def ramp(start: int, end: int, batches: int) -> Callable[[int], int]:
-    """A ``max_length`` that grows with the batch number from ``start`` to ``end`` in ``batches``.
+Schedule = Callable[[int], int]  # a number that may differ from batch to batch
+
+
+def ramp(start: int, end: int, batches: int) -> Schedule:
+    """A schedule that grows with the batch number from ``start`` to ``end`` in ``batches``.
 
     It grows by a constant factor per batch and stays at ``end`` afterwards.
     """
@@ -181,7 +183,6 @@ def ramp(start: int, end: int, batches: int) -> Callable[[int], int]:
 
 
 POOL = 16  # batches whose samples are drawn and packed together
-Schedule = Callable[[int], int]  # a number that may differ from batch to batch
 
 
 class Batch(NamedTuple):
@@ -217,7 +218,8 @@ def batches(
     each ``POOL`` batches. Batch k depends on the arguments and k alone, so training resumes with
     ``start_batch``, at the cost of making one pool.
 
-    Raises TrainingError when ``max_length`` is below 64 or more than a batch holds.
+    Raises TrainingError when ``max_length`` is below 64 or more than a batch holds, and when
+    nearly no conversation fits.
     """
     pad = tokenizer.special_id(PAD)
     size, longest = (x if callable(x) else _always(x) for x in (tokens_per_batch, max_length))
@@ -231,9 +233,12 @@ def batches(
                 got=limit,
                 hint="raise tokens_per_batch or lower max_length",
             )
-        samples = _samples(tokenizer, seed, number, sum(sizes), limit, weights, prompt_weight)
-        fitting = (s for s in samples if len(s[0]) <= min(sizes))
-        rows = pack(fitting, sizes, rng_for("pool", seed, number))
+        made = (
+            document(i, seed, "train", weights, max(48, limit - 80))
+            for i in count(number << 24)  # more documents than a pool can use
+        )
+        samples = _samples(made, tokenizer, limit, min(sizes), prompt_weight)
+        rows = pack(samples, sizes, rng_for("pool", seed, number))
         for k in range(max(first, start_batch), first + POOL):
             yield _batch(rows[k - first], sizes[k - first], pad)
 
@@ -243,22 +248,31 @@ def _always(value: int) -> Schedule:
 
 
 def _samples(
+    documents: Iterable[Document | Passage],
     tokenizer: Tokenizer,
-    seed: int,
-    number: int,
-    tokens: int,
     limit: int,
-    weights: Mapping[str, float] | None,
+    shortest_batch: int,
     prompt_weight: float,
 ) -> Iterator[Sample]:
-    """The samples of pool ``number``, endless."""
-    for i in count(number << 24):  # more documents than a pool can use
-        doc = document(i, seed, "train", weights, max(48, limit - 80))
+    """The samples that fit: texts are cut, conversations that are too long are left out."""
+    left_out = 0
+    for doc in documents:
         sample = render(doc, tokenizer, prompt_weight)
         if isinstance(doc, Passage):
             yield from cut(sample, limit)
-        elif doc.task not in _LONG or len(sample[0]) <= limit:
+        elif len(sample[0]) <= (limit if doc.task in _LONG else shortest_batch):
             yield sample
+        else:
+            left_out += 1
+            if left_out == 1000:
+                raise TrainingError(
+                    "1,000 conversations in a row did not fit",
+                    expected=f"some of at most {limit} tokens",
+                    got=f"{len(sample[0])} in the last one, {doc.task}",
+                    hint="raise max_length and tokens_per_batch",
+                )
+            continue
+        left_out = 0
 
 
 def pack(samples: Iterable[Sample], sizes: Sequence[int], rng: Random) -> list[list[Sample]]:

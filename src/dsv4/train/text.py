@@ -141,7 +141,7 @@ class Source:
     """A text that may be installed.
 
     ``install`` is the command that gets it, ``find`` says where it is (None: not there) and
-    ``read`` yields its documents from there. ``code`` is not English.
+    ``read`` yields its documents from there.
     """
 
     name: str
@@ -214,22 +214,22 @@ class Corpus:
 
 def deduplicate(documents: Iterable[str]) -> Corpus:
     """Splits documents by their hash and removes copies; the same for the same documents."""
-    out, seen, kept = Corpus(), set[int](), list[tuple[str, set[int]]]()
+    out, seen, kept = Corpus(), set[int](), list[str]()
     for text in documents:
         grams = _grams(text)
         if 2 * len(grams & seen) >= len(grams):
             out.copies += 1
         else:
             seen |= grams
-            kept.append((text, grams))
+            kept.append(text)
     tested = set[int]()
-    for text, grams in kept:
+    for text in kept:
         if held_out("text", text):
             out.heldout.append(text)
-            tested |= grams
-    for text, grams in kept:
+            tested |= _grams(text)
+    for text in kept:
         if not held_out("text", text):
-            if grams.isdisjoint(tested):
+            if _grams(text).isdisjoint(tested):
                 out.train.append(text)
             else:
                 out.leaks += 1
@@ -245,7 +245,7 @@ class Passage:
     holes: tuple[int, int] | None = None
 
 
-FIM_RATE = 0.1  # as DeepSeek-V3 (report section 4.1), whose training data V4 inherits
+FIM_RATE = 0.1  # DeepSeek-V3, report section 4.1, from which V4 takes it
 
 
 def passage(rng: Random, split: Split, name: str) -> Passage:
