@@ -491,6 +491,19 @@ def test_a_length_that_fits_no_batch_is_refused(
         next(batches(tokenizer, 0, tokens, 2048))
 
 
+def test_a_stage_can_begin_in_the_middle_of_a_pool(tokenizer: Tokenizer) -> None:
+    def tokens(k: int) -> int:
+        return 2048 if k < 3 else 512
+
+    def longest(k: int) -> int:
+        return 2000 if k < 3 else 256
+
+    shares = {"recall": 1.0, "dialogue": 3.0}
+    got = [b.lengths for b in islice(batches(tokenizer, 0, tokens, longest, weights=shares), 5)]
+    assert [sum(lengths) for lengths in got] == [2048] * 3 + [512] * 2
+    assert max(n for lengths in got for n in lengths) <= 256
+
+
 def test_documents_that_never_fit_are_refused(tokenizer: Tokenizer) -> None:
     stream = batches(tokenizer, 0, 1024, 64, weights={"multi_needle": 1.0})
     with pytest.raises(TrainingError, match="in a row did not fit"):

@@ -214,9 +214,9 @@ def batches(
     the only long conversations (others may have some 700), and is where a running text is cut
     into samples. A conversation longer than the shortest batch of its pool is left out.
 
-    Both numbers may depend on the batch number (see ``ramp``); ``max_length`` is read once for
-    each ``POOL`` batches. Batch k depends on the arguments and k alone, so training resumes with
-    ``start_batch``, at the cost of making one pool.
+    Both numbers may depend on the batch number (see ``ramp``); the least ``max_length`` of each
+    ``POOL`` batches is that of all of them. Batch k depends on the arguments and k alone, so
+    training resumes with ``start_batch``, at the cost of making one pool.
 
     Raises TrainingError when ``max_length`` is below 64 or more than a batch holds, and when
     nearly no conversation fits.
@@ -224,23 +224,26 @@ def batches(
     pad = tokenizer.special_id(PAD)
     size, longest = (x if callable(x) else _always(x) for x in (tokens_per_batch, max_length))
     for number in count(start_batch // POOL):
-        first = number * POOL
-        sizes, limit = [size(k) for k in range(first, first + POOL)], longest(first)
-        if not 64 <= limit <= min(sizes):
-            raise TrainingError(
-                "max_length does not suit tokens_per_batch",
-                expected=f"64 to {min(sizes)}",
-                got=limit,
-                hint="raise tokens_per_batch or lower max_length",
-            )
+        numbers = range(number * POOL, (number + 1) * POOL)
+        sizes, limits = [size(k) for k in numbers], [longest(k) for k in numbers]
+        for k, tokens, limit in zip(numbers, sizes, limits, strict=True):
+            if not 64 <= limit <= tokens:
+                raise TrainingError(
+                    f"batch {k}: max_length does not suit tokens_per_batch",
+                    expected=f"64 to {tokens}",
+                    got=limit,
+                    hint="raise tokens_per_batch or lower max_length",
+                )
+        limit = min(limits)
         made = (
             document(i, seed, "train", weights, max(48, limit - 80))
             for i in count(number << 24)  # more documents than a pool can use
         )
         samples = _samples(made, tokenizer, limit, min(sizes), prompt_weight)
         rows = pack(samples, sizes, rng_for("pool", seed, number))
-        for k in range(max(first, start_batch), first + POOL):
-            yield _batch(rows[k - first], sizes[k - first], pad)
+        for k, row, tokens in zip(numbers, rows, sizes, strict=True):
+            if k >= start_batch:
+                yield _batch(row, tokens, pad)
 
 
 def _always(value: int) -> Schedule:
