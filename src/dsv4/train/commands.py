@@ -41,9 +41,11 @@ def data_stats(
     from ..api import SHIPPED
     from ..tokenizer import Tokenizer
     from .data import KINDS, WEIGHTS, stats
-    from .text import ANY_TEXT
+    from .text import ANY_TEXT, LEXICON, SOURCES
 
     shares = dict(WEIGHTS) | {ANY_TEXT: 60.0}
+    if SOURCES["wordnet"].find():
+        shares[LEXICON] = 10.0
     if kind:
         pairs = [each.partition("=") for each in kind]
         shares = {name: _weight(weight) for name, _, weight in pairs}

@@ -36,7 +36,7 @@ from ..errors import TrainingError
 from .generators import TASKS
 from .generators.document import Document, Split, rng_for
 from .generators.needles import key_value, multi_needle, recall
-from .text import ANY_TEXT, SOURCES, Passage, corpus, passage
+from .text import ANY_TEXT, LEXICON, SOURCES, Passage, corpus, lexicon, passage
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -65,7 +65,7 @@ WEIGHTS: Mapping[str, float] = {
     "everyday": 25,
 }
 HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k != "number_facts"}
-KINDS = (*TASKS, *SOURCES, ANY_TEXT)  # what shares can name
+KINDS = (*TASKS, LEXICON, *SOURCES, ANY_TEXT)  # what shares can name
 _LONG: Mapping[str, Callable[..., Document]] = {  # tasks whose length is chosen
     "recall": recall,
     "multi_needle": multi_needle,
@@ -95,6 +95,8 @@ def document(
     task = rng.choices(list(shares), list(shares.values()))[0]
     if task in _LONG:
         return _LONG[task](rng, split, longest=longest)
+    if task == LEXICON:
+        return lexicon(rng, split)
     return TASKS[task](rng, split) if task in TASKS else passage(rng, split, task)
 
 

@@ -635,7 +635,7 @@ def everyday(
     scripts: int | None = None,
 ) -> Document:
     """One or two everyday conversations of 2 to 5 turns; whole conversations are held out."""
-    thinking = rng.random() < 0.25 if thinking is None else thinking
+    thinking = rng.random() < 0.15 if thinking is None else thinking
     while True:
         talk: list[tuple[str, str, str]] = []
         chosen = rng.sample(SCRIPTS, scripts or rng.choice((1, 1, 2)))
