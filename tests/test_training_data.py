@@ -39,7 +39,7 @@ from dsv4.train.generators.everyday import SCRIPTS, everyday
 from dsv4.train.generators.knowledge import KNOWN
 from dsv4.train.generators.needles import key_value, multi_needle, recall
 from dsv4.train.generators.structured import json_extract
-from dsv4.train.generators.sums import arithmetic, number_facts, worked_steps
+from dsv4.train.generators.sums import arithmetic, number_facts, times_table, worked_steps
 from dsv4.train.generators.tools import tool_call
 
 OPERATION = re.compile(r"(\d+) ?([-+*x]|plus|minus|times|by|to|and|from) ?(\d+)")
@@ -78,8 +78,8 @@ def test_a_document_depends_on_seed_split_and_number_only() -> None:
 def test_no_held_out_fact_in_12000_training_documents() -> None:
     for doc in islice(documents(1, longest=300), 12000):
         assert not any(held_out(*key) for key in doc.facts), doc
-        if doc.task == "number_facts":
-            continue  # all one-digit sums are shown
+        if doc.task in ("number_facts", "times_table"):
+            continue  # all of them are shown
         for a, _, b in OPERATION.findall(said(doc)):  # the text itself, whatever facts says
             one_digit = len(a) == len(b) == 1
             assert one_digit or not held_out(*pair_key(int(a), int(b))), said(doc)
@@ -123,6 +123,17 @@ def test_number_facts_are_right() -> None:
             assert sum(map(int, re.findall(r"[-+]?\d+", left))) == int(result)
             seen.add(left)
     assert len(seen) > 500  # of 600
+
+
+def test_the_times_table_is_right_and_whole() -> None:
+    seen = set()
+    for i in range(300):
+        for m in times_table(rng_for(i)).messages:
+            if m["role"] == "assistant":
+                for left, result in re.findall(r"(\d+ ?[*/] ?\d+) ?= ?(\d+)\.", m["content"]):
+                    assert evaluate_expression(left) == int(result)
+                    seen.add(left.replace(" ", ""))
+    assert len(seen) == 128  # 64 products, 64 divisions
 
 
 def test_answers_are_right() -> None:

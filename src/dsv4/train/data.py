@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 WEIGHTS: Mapping[str, float] = {
     "arithmetic": 20,
     "number_facts": 6,
+    "times_table": 4,
     "addition": 10,
     "word_problem": 8,
     "units": 5,
@@ -64,7 +65,8 @@ WEIGHTS: Mapping[str, float] = {
     "dialogue": 25,
     "everyday": 25,
 }
-HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k != "number_facts"}
+_SHOWN = ("number_facts", "times_table")  # nothing of them is held out
+HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k not in _SHOWN}
 KINDS = (*TASKS, LEXICON, *SOURCES, ANY_TEXT)  # what shares can name
 _LONG: Mapping[str, Callable[..., Document]] = {  # tasks whose length is chosen
     "recall": recall,
@@ -85,7 +87,7 @@ def document(
     """Document ``index`` of a stream: the same for the same arguments, without its predecessors.
 
     ``weights`` are relative numbers of documents by kind (``KINDS``; default ``WEIGHTS``, or
-    ``HELD_OUT``: number facts have no held-out part); ``longest`` is the most tokens that the
+    ``HELD_OUT``: one-digit facts have no held-out part); ``longest`` is the most tokens that the
     prompts of recall aim at (20 to 30 more with the answers).
 
     Raises TrainingError for an unknown kind, and for a text that is not installed.

@@ -633,8 +633,12 @@ def everyday(
     *,
     thinking: bool | None = None,
     scripts: int | None = None,
+    sure: bool = False,
 ) -> Document:
-    """One or two everyday conversations of 2 to 5 turns; whole conversations are held out."""
+    """One or two everyday conversations of 2 to 5 turns; whole conversations are held out.
+
+    With ``sure`` it ends where there is only one reply.
+    """
     thinking = rng.random() < 0.15 if thinking is None else thinking
     while True:
         talk: list[tuple[str, str, str]] = []
@@ -650,7 +654,7 @@ def everyday(
                 said, reply = rng.choice(line.said), rng.choice(line.replies)
                 talk.append((_fill(rng, said, values), why, _fill(rng, reply, values)))
         key = ("talk", *(said for said, _, _ in talk))
-        if held_out(*key) == (split == "heldout"):
+        if held_out(*key) == (split == "heldout") and not (sure and line.replies[1:]):
             break
     messages = system(rng, 0.2)
     for said, why, reply in talk:

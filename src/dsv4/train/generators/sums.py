@@ -1,4 +1,5 @@
-"""Sums and differences: worked steps, the one-digit facts they are made of, four-digit sums."""
+"""Sums and differences: worked steps, the one-digit facts they are made of, four-digit sums;
+and one-digit products."""
 
 from __future__ import annotations
 
@@ -135,6 +136,24 @@ def number_facts(rng: Random, split: Split = "train") -> Document:
         known.append(f"{sum_}={x + rest if op == '+' else x - rest}.")
     messages = [*system(rng, 0.05), user(" ".join(asked)), assistant(" ".join(known))]
     return finish(rng, "number_facts", messages, False, known[-1], ())
+
+
+def times_table(rng: Random, split: Split = "train") -> Document:
+    """One-digit products and the divisions that undo them: many at once, or asked in words.
+
+    Nothing of it is held out, as of ``number_facts``.
+    """
+    pairs = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range(rng.randint(4, 20))]
+    messages = system(rng, 0.05)
+    if rng.random() < 0.6:
+        facts = [f"{a}*{b}={a * b}" if rng.random() < 0.7 else f"{a * b}/{b}={a}" for a, b in pairs]
+        asked = " ".join(fact.partition("=")[0] + "=?" for fact in facts)
+        messages += [user(asked), assistant(". ".join(facts) + ".")]
+    else:
+        for a, b in pairs[:6]:
+            asked = rng.choice(MULTIPLY[:8]).format(a=a, b=b)
+            messages += [user(asked), assistant(f"{a} * {b} = {a * b}.")]
+    return finish(rng, "times_table", messages, False, messages[-1]["content"], ())
 
 
 def addition(

@@ -227,7 +227,7 @@ def _sum(rng: Random) -> list[Exchange]:
 
 
 def _product(rng: Random) -> list[Exchange]:
-    a, b = draw("train", lambda: (rng.randint(2, 99), rng.randint(2, 99)), lambda p: pair_key(*p))
+    a, b = draw("train", lambda: (rng.randint(2, 99), rng.randint(10, 99)), lambda p: pair_key(*p))
     reply = "I don't know. I need a calculator for that."
     return [(rng.choice(MULTIPLY[:8]).format(a=a, b=b), "I can not multiply.", reply)]
 
