@@ -31,8 +31,7 @@ from ..config import PRESETS, V4Config
 from ..errors import TrainingError
 from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
 from ..tokenizer import Tokenizer
-from .conversations import TASKS
-from .data import batches, corpus_for_tokenizer, ramp
+from .data import KINDS, Batch, batches, corpus_for_tokenizer, ramp
 from .optim import MuonAdamW, OptimSettings
 
 if sys.version_info >= (3, 11):
@@ -101,10 +100,10 @@ class Recipe:
         if recipe.preset not in PRESETS:
             raise TrainingError("preset", expected=", ".join(PRESETS), got=recipe.preset)
         for stage in kept:
-            wrong = sorted(set(stage.shares) - set(TASKS))
+            wrong = sorted(set(stage.shares) - set(KINDS))
             if wrong:
                 raise TrainingError(
-                    f"{path}: shares", expected=", ".join(TASKS), got=", ".join(wrong)
+                    f"{path}: shares", expected=", ".join(KINDS), got=", ".join(wrong)
                 )
         return recipe
 
@@ -236,7 +235,7 @@ class Run:
 
     # ------------------------------------------------------------ the run
 
-    def data(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def data(self) -> Iterator[Batch]:
         """Batches from the present step on."""
         r, end = self.recipe, 0
         length = ramp(r.first_length, r.last_length, r.ramp_steps)
@@ -289,7 +288,7 @@ class Run:
             try:
                 while self.step < r.steps:
                     began = time.perf_counter()
-                    ids, weights = next(stream)
+                    ids, weights, _ = next(stream)
                     window.append(self.train_step(ids, weights))
                     self.step += 1
                     self.tokens += ids.numel()
