@@ -27,7 +27,7 @@ tokenizer
 encoding
 completion
 model
-kernels
+kernels packing
 formats
 quant
 config

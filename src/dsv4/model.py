@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -30,8 +30,10 @@ from torch import Tensor, nn
 
 from . import kernels, quant
 from .config import FP4_BLOCK, FP8_BLOCK, V4Config
-from .errors import ConfigError
+from .errors import ConfigError, TrainingError
 from .kernels import Stored
+from .packing import Packing
+from .quant import wide
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Numerics:
 
 OFFICIAL = Numerics("official", torch.bfloat16, official=True)
 FLOAT32 = Numerics("float32", torch.float32)
+FLOAT64 = Numerics("float64", torch.float64)  # to check gradients; weights in float64 too
 TRAIN = Numerics("train", torch.bfloat16)
 TRAIN_QAT = Numerics("train-qat", torch.bfloat16, qat=True)
 KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
@@ -111,6 +114,7 @@ class Pass:
     ids: Tensor  # [B, T]
     start: int  # position of the first new token
     states: list[AttentionState] | None = None  # one per layer; None: no past, nothing kept
+    packing: Packing | None = None  # training: ids [1, N] are samples, each seen alone
     balance: list[tuple[Tensor, Tensor]] | None = None  # training: (scores, ids) of each router
     _rotations: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
 
@@ -123,6 +127,17 @@ class Pass:
             angles = torch.outer(positions.float(), freqs)
             self._rotations[key] = torch.stack((angles.cos(), angles.sin()), -1)
         return self._rotations[key]
+
+    def turn(self, compressed: bool) -> Tensor:
+        """The rotation of each new token, ``[T, rope / 2, 2]``."""
+        if self.packing is None:
+            return self.rotation(compressed, self.start, self.ids.shape[1])
+        return self.rotation(compressed, 0, self.packing.longest)[self.packing.positions]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, past and new."""
+        return self.start + self.ids.shape[1] if self.packing is None else self.packing.longest
 
 
 @functools.lru_cache(maxsize=32)
@@ -223,25 +238,30 @@ class Compressor(nn.Module):
         super().__init__()
         self.ratio, self.dim, self.rotate = ratio, dim, rotate
         self.overlap = ratio == 4
+        self.which = "index" if rotate else "kv"
         width = dim * (1 + self.overlap)
         self.wkv = Linear(c.hidden_size, width)
         self.wgate = Linear(c.hidden_size, width)
         self.ape = _parameter(ratio, width)
         self.norm = Norm(dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
-        """All entries ``[B, R, dim]`` after the tokens ``x [B, T, d]``."""
-        nx, ratio = run.nx, self.ratio
+    def project(self, x: Tensor, nx: Numerics) -> tuple[Tensor, Tensor]:
+        """What is pooled and, but for the positional bias, the logits of its weights; of each
+        token: ``x [B, T, d]`` -> two ``[B, T, width]``."""
         high = replace_dtype(nx, torch.float32) if nx.official else nx
-        kv = self.wkv(x, high).float()
+        return self.wkv(x, high), self.wgate(x, high)
+
+    def forward(
+        self, kv: Tensor, gate: Tensor, run: Pass, state: AttentionState | None
+    ) -> Tensor:
+        """All entries ``[B, R, dim]`` after the tokens that ``project`` made ``kv, gate`` of."""
+        nx, ratio = run.nx, self.ratio
         # repeated, not indexed: the gradient of a repetition is summed in a fixed order
-        bias = self.ape.float().roll(-run.start % ratio, 0)
-        bias = bias.repeat(-(-x.shape[1] // ratio), 1)[: x.shape[1]]
-        gate = self.wgate(x, high).float() + bias
-        which = "index" if self.rotate else "kv"
-        raw = torch.cat((kv, gate), -1)
+        bias = wide(self.ape).roll(-run.start % ratio, 0)
+        bias = bias.repeat(-(-kv.shape[1] // ratio), 1)[: kv.shape[1]]
+        raw = torch.cat((wide(kv), wide(gate) + bias), -1)
         if state is not None:
-            raw = state.pending(which, raw, ratio, self.overlap)
+            raw = state.pending(self.which, raw, ratio, self.overlap)
         else:
             raw = raw[:, : raw.shape[1] // ratio * ratio]
             if self.overlap:
@@ -254,8 +274,8 @@ class Compressor(nn.Module):
             entries = kernels.rope(entries, run.rotation(True, first, blocks, ratio))
             entries = fp4_rotated(entries, nx) if self.rotate else kv_rounded(entries, run)
         else:
-            entries = x.new_zeros(x.shape[0], 0, self.dim, dtype=nx.dtype)
-        return entries if state is None else state.rows(which, entries)
+            entries = raw.new_zeros(raw.shape[0], 0, self.dim, dtype=nx.dtype)
+        return entries if state is None else state.rows(self.which, entries)
 
 
 def replace_dtype(nx: Numerics, dtype: torch.dtype) -> Numerics:
@@ -293,17 +313,26 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(c.hidden_size, self.heads)
         self.compressor = Compressor(c, 4, self.dim, rotate=True)
 
+    def project(self, x: Tensor, q_latent: Tensor, run: Pass) -> tuple[Tensor, ...]:
+        """Of each token: the compressor's two inputs and, unless all entries fit in the top-k,
+        queries ``[B, T, H, D]`` and weights of the heads ``[B, T, H]``."""
+        pooled = self.compressor.project(x, run.nx)
+        if run.longest // 4 <= self.topk:
+            return pooled
+        q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
+        q = fp4_rotated(kernels.rope(q, run.turn(True).unsqueeze(-3)), run.nx)
+        weights = self.weights_proj(x, run.nx) * (self.dim**-0.5 * self.heads**-0.5)
+        return *pooled, q, weights
+
     def forward(
-        self, x: Tensor, q_latent: Tensor, run: Pass, state: AttentionState | None
+        self, projected: Sequence[Tensor], run: Pass, state: AttentionState | None
     ) -> Tensor | None:
         """Entries to attend to, ``[B, T, k]``; None while all visible ones fit in the top-k."""
-        keys = self.compressor(x, run, state)
+        kv, gate, *query = projected
+        keys = self.compressor(kv, gate, run, state)
         if keys.shape[1] <= self.topk:
             return None
-        q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
-        turn = run.rotation(True, run.start, x.shape[1]).unsqueeze(-3)
-        q = fp4_rotated(kernels.rope(q, turn), run.nx)
-        weights = self.weights_proj(x, run.nx) * (self.dim**-0.5 * self.heads**-0.5)
+        q, weights = query
         return kernels.index_topk(q, keys, weights, run.start, 4, self.topk)
 
 
@@ -330,20 +359,44 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
         c, nx = self.c, run.nx
-        turn = run.rotation(self.ratio > 0, run.start, x.shape[1])
+        turn = run.turn(self.ratio > 0)
         xr = self.wq_a.rounded(x, nx)
         latent = self.q_norm(self.wq_a(xr, nx))
         latent_r = self.wq_b.rounded(latent, nx)
         q = self.wq_b(latent_r, nx).unflatten(-1, (c.num_attention_heads, c.head_dim))
         q = kernels.rope(kernels.rms_norm(q, None, c.rms_norm_eps), turn.unsqueeze(-3))
         kv = kv_rounded(kernels.rope(self.kv_norm(self.wkv(xr, nx)), turn), run)
+        tokens = [q, kv]
+        if self.compressor is not None:
+            tokens += self.compressor.project(x, nx)
+        if self.indexer is not None:
+            tokens += self.indexer.project(x, latent_r, run)
+        if run.packing is None:
+            out = self.attend(tokens, run, state)
+        else:
+            batches = zip(*map(run.packing.split, tokens), strict=True)
+            out = run.packing.join([self.attend(batch, run, None) for batch in batches])
+        out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
+        grouped = kernels.grouped_linear(
+            out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
+        ).flatten(-2)
+        projected: Tensor = self.wo_b(self.wo_b.rounded(grouped, nx), nx)
+        return projected
+
+    def attend(
+        self, tokens: Sequence[Tensor], run: Pass, state: AttentionState | None
+    ) -> Tensor:
+        """All that looks across tokens. ``tokens``: of each token its queries ``[B, T, H, D]``,
+        entry ``[B, T, D]``, and what compressor and indexer project; returns ``[B, T, H, D]``."""
+        c = self.c
+        q, kv, *projected = tokens
         window = kv if state is None else state.window(kv)
         chosen = rows = None
         if self.indexer is not None:
-            chosen = self.indexer(x, latent_r, run, state)
+            chosen = self.indexer(projected[2:], run, state)
         if self.compressor is not None:
-            rows = self.compressor(x, run, state)
-        out = kernels.attention(
+            rows = self.compressor(*projected[:2], run, state)
+        return kernels.attention(
             q,
             window,
             rows,
@@ -353,14 +406,8 @@ class Attention(nn.Module):
             ratio=self.ratio,
             width=c.sliding_window,
             scale=c.head_dim**-0.5,
-            dtype=nx.dtype,
+            dtype=run.nx.dtype,
         )
-        out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
-        grouped = kernels.grouped_linear(
-            out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
-        ).flatten(-2)
-        projected: Tensor = self.wo_b(self.wo_b.rounded(grouped, nx), nx)
-        return projected
 
 
 # ---------------------------------------------------------------- experts
@@ -387,7 +434,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         """Experts ``[N, K]`` and weights ``[N, K]`` (float32) of rows ``x [N, d]``."""
-        scores = nn.functional.linear(x.float(), self.weight.float())
+        scores = nn.functional.linear(wide(x), wide(self.weight))
         scores = nn.functional.softplus(scores).sqrt()
         if self.tid2eid is not None:
             chosen = self.tid2eid[ids]
@@ -458,7 +505,7 @@ class MoE(nn.Module):
             xr, ids, weights, w1, w2, w3, self.limit, quantised, run.nx.dtype
         )
         shared: Tensor = self.shared_experts(xr, run.nx)
-        y = y + shared.float()
+        y = y + wide(shared)
         return y.to(run.nx.dtype).view_as(x)
 
 
@@ -586,9 +633,24 @@ class Transformer(_Collapsing):
         nx: Numerics,
         start: int = 0,
         states: list[AttentionState] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Pass:
-        """What a forward pass over ``ids [B, T]`` from position ``start`` on needs."""
-        return Pass(self.config, nx, ids, start, states)
+        """What a forward pass over ``ids [B, T]`` from position ``start`` on needs.
+
+        With ``lengths`` the one row ``ids [1, N]`` is made of samples of so many tokens, each of
+        which is seen alone: positions, windows, compressed entries and the MTP block start anew.
+        TrainingError when they do not add up to N, or together with a past.
+        """
+        if lengths is None:
+            return Pass(self.config, nx, ids, start, states)
+        packing = Packing(lengths)
+        if ids.shape != (1, packing.tokens) or start or states is not None:
+            raise TrainingError(
+                "lengths do not describe this row",
+                expected=f"one row of {packing.tokens} tokens without a past",
+                got=f"ids {list(ids.shape)} from position {start}",
+            )
+        return Pass(self.config, nx, ids, 0, None, packing)
 
     def trunk(self, run: Pass, keep: list[Tensor] | None = None) -> Tensor:
         """Streams ``[B, T, h, d]`` after the last block; ``keep`` collects those after each."""
@@ -605,13 +667,23 @@ class Transformer(_Collapsing):
         return self.collapse(streams, run, self.head)
 
     def mtp_streams(self, streams: Tensor, run: Pass) -> Tensor:
-        """The MTP block's streams ``[B, T - 1, h, d]``; ``run`` made the trunk's ``streams``."""
+        """The MTP block's streams ``[B, T - 1, h, d]``; ``run`` made the trunk's ``streams``.
+
+        Of packed samples ``[1, M, h, d]``: those of the M tokens with a successor in their sample
+        (``Packing.followed``).
+        """
         if not self.mtp:
             raise ConfigError(
                 "this model has no MTP block", expected="num_nextn_predict_layers 1", got=0
             )
-        after = Pass(self.config, run.nx, run.ids[:, 1:], run.start, None, run.balance)
-        return self._mtp.predict(streams[:, :-1], after, self.embed)
+        if run.packing is None:
+            streams, after = streams[:, :-1], replace(run, ids=run.ids[:, 1:], states=None)
+        else:
+            kept = run.packing.followed()
+            streams = streams.index_select(1, kept)
+            packing = Packing([n - 1 for n in run.packing.lengths if n > 1])
+            after = replace(run, ids=run.ids[:, kept + 1], packing=packing)
+        return self._mtp.predict(streams, after, self.embed)
 
     def mtp_logits(self, mtp_streams: Tensor, run: Pass) -> Tensor:
         """Logits ``[..., V]`` (float32) of the token after the next, from ``mtp_streams``."""

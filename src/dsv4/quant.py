@@ -37,6 +37,12 @@ def number(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(value, dtype=dtype)
 
 
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the type of sums and of element-wise work: float32, but float64 stays (in which
+    gradients are checked)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 _MANTISSA, _EXPONENT = number(0x007FFFFF, torch.int32), number(0x7F800000, torch.int32)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant import FP8_BLOCK, dequantize, fp8_round, number, times_row
+from ..quant import FP8_BLOCK, dequantize, fp8_round, number, times_row, wide
 
 QUERY_BLOCK = 128  # queries handled together in attention and index scores
 
@@ -87,11 +87,12 @@ def grouped_linear(
 def head(x: Tensor, weight: Tensor) -> Tensor:
     """Logits ``[..., V]`` in float32; the weight is widened a slice at a time."""
     if x.requires_grad:
-        return F.linear(x, weight.to(x.dtype)).float()
+        return wide(F.linear(x, weight.to(x.dtype)))
     if x.numel() == x.shape[-1]:
         return times_row(weight, None, x.flatten()).view(*x.shape[:-1], -1)
     slices = weight.split(max(1, (1 << 18) // weight.shape[1]))  # 1 MB in float32: in the cache
-    return torch.cat([F.linear(x.float(), w.float()) for w in slices], -1)
+    x = wide(x)
+    return torch.cat([F.linear(x, w.to(x.dtype)) for w in slices], -1)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -102,9 +103,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """
     if weight is None:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + number(eps))
-    y = x.float()
+    y = wide(x)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + number(eps))
-    return (y * weight.float()).to(x.dtype)
+    return (y * wide(weight)).to(x.dtype)
 
 
 def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
@@ -115,7 +116,7 @@ def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
     """
     width = 2 * rotation.shape[-2]
     plain, turned = x.split_with_sizes((x.shape[-1] - width, width), -1)
-    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(wide(turned).unflatten(-1, (-1, 2)))
     turn = torch.view_as_complex(rotation)
     pairs = pairs * (turn.conj() if inverse else turn)
     return torch.cat((plain, torch.view_as_real(pairs).flatten(-2).to(x.dtype)), -1)
@@ -136,10 +137,11 @@ class Mix(NamedTuple):
 def hc_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     """Mixing logits ``[..., M]`` of ``streams [..., h, d]``: RMS-normalised, times ``fn``."""
     flat = streams.flatten(-2)
-    norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
+    high = torch.promote_types(flat.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=high)
     scale = torch.rsqrt(norm.square() / number(flat.shape[-1]) + number(eps))
-    mm = flat.dtype if flat.requires_grad else torch.float32
-    return F.linear(flat.to(mm), fn.to(mm)).float() * scale
+    mm = flat.dtype if flat.requires_grad else high
+    return wide(F.linear(flat.to(mm), fn.to(mm))) * scale
 
 
 def hc_split(logits: Tensor, scale: Tensor, base: Tensor, iters: int, eps: float) -> Mix:
@@ -228,16 +230,16 @@ class _Sinkhorn(torch.autograd.Function):
 
 def hc_collapse(streams: Tensor, pre: Tensor, dtype: torch.dtype) -> Tensor:
     """Weighted sum of the streams: ``[..., h, d]`` and ``[..., h]`` -> ``[..., d]``."""
-    rows = torch.bmm(pre.flatten(0, -2).unsqueeze(1), streams.flatten(0, -3).float())
+    rows = torch.bmm(pre.flatten(0, -2).unsqueeze(1), wide(streams.flatten(0, -3)))
     return rows.view(*streams.shape[:-2], -1).to(dtype)
 
 
 def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """New streams: ``post_j * out + sum_i comb[i, j] * streams_i``; ``streams``' dtype."""
     new = torch.baddbmm(
-        post.flatten(0, -2).unsqueeze(-1) * out.float().flatten(0, -2).unsqueeze(-2),
+        post.flatten(0, -2).unsqueeze(-1) * wide(out).flatten(0, -2).unsqueeze(-2),
         comb.flatten(0, -3).transpose(1, 2),
-        streams.float().flatten(0, -3),
+        wide(streams).flatten(0, -3),
     )
     return new.view(streams.shape).to(streams.dtype)
 
@@ -273,7 +275,7 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     as the reference does (dot product, weighting, sum).
     """
     b, t, h, d = q.shape
-    dots = (q.reshape(b, t * h, d).float() @ keys.float().transpose(1, 2)).to(q.dtype)
+    dots = (wide(q.reshape(b, t * h, d)) @ wide(keys).transpose(1, 2)).to(q.dtype)
     return (dots.view(b, t, h, -1).relu_() * weights.unsqueeze(-1)).sum(2)
 
 
@@ -383,16 +385,16 @@ def _softmax_attention(
     qs = q.reshape(b, n * h, d)
     if q.requires_grad:
         return _trained_attention(qs, keys, hidden, sink, scale, dtype).view(b, n, h, d)
-    keys = keys.float()
+    keys = wide(keys)
     scores = torch.baddbmm(
-        keys.new_zeros(1), qs.float(), keys.transpose(1, 2), beta=0, alpha=scale
+        keys.new_zeros(1), wide(qs), keys.transpose(1, 2), beta=0, alpha=scale
     ).view(b, n, h, -1)
     if hidden is not None:
         scores.masked_fill_(hidden.unsqueeze(-2), -torch.inf)
     top = scores.amax(-1, keepdim=True)
     e = scores.sub_(top).exp_()
-    total = e.sum(-1, keepdim=True).add_((sink.float().unsqueeze(1) - top).exp_())
-    out = torch.bmm(e.to(dtype).float().flatten(1, 2), keys).view(b, n, h, d)
+    total = e.sum(-1, keepdim=True).add_((wide(sink).unsqueeze(1) - top).exp_())
+    out = torch.bmm(wide(e.to(dtype)).flatten(1, 2), keys).view(b, n, h, d)
     return out.div_(total).to(dtype)
 
 
@@ -413,7 +415,7 @@ def _trained_attention(
     scores = torch.baddbmm(
         bias.expand(b, -1, -1), q.to(dtype), keys.transpose(1, 2), alpha=scale
     )
-    p = torch.softmax(scores, -1, dtype=torch.float32).to(dtype)
+    p = torch.softmax(scores, -1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
     return (p @ keys).to(dtype)
 
 
@@ -431,8 +433,8 @@ def _gathered(
     """Like ``_softmax_attention`` when few of many rows are chosen: each query has its own."""
     b, n = chosen.shape[:2]
     picked = chosen.clamp_min(0).flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])
-    mine = rows.gather(1, picked).view(b, n, -1, rows.shape[2]).float()
-    qf, near = q.float(), near.float()
+    mine = wide(rows.gather(1, picked).view(b, n, -1, rows.shape[2]))
+    qf, near = wide(q), wide(near)
     outside = _outside_window(n, near.shape[1], first, width, q.device)
     to_near = torch.einsum("bnhd,bsd->bnhs", qf, near) * scale
     to_near = to_near.masked_fill(outside.unsqueeze(1), -torch.inf)
@@ -441,8 +443,8 @@ def _gathered(
     scores = torch.cat((to_near, to_mine), -1)
     top = scores.amax(-1, keepdim=True)
     e = (scores - top).exp()
-    total = e.sum(-1, keepdim=True) + (sink.float()[:, None] - top).exp()
-    p_near, p_mine = e.to(dtype).float().split((near.shape[1], mine.shape[2]), -1)
+    total = e.sum(-1, keepdim=True) + (wide(sink)[:, None] - top).exp()
+    p_near, p_mine = wide(e.to(dtype)).split((near.shape[1], mine.shape[2]), -1)
     out = torch.einsum("bnhs,bsd->bnhd", p_near, near)
     return ((out + torch.einsum("bnhs,bnsd->bnhd", p_mine, mine)) / total).to(dtype)
 
@@ -467,7 +469,7 @@ class Matrices(Protocol):
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """``silu(min(gate, limit)) * clamp(up, -limit, limit)`` in float32."""
-    gate, up = gate.float(), up.float()
+    gate, up = wide(gate), wide(up)
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return F.silu(gate) * up
@@ -510,8 +512,8 @@ def routed_experts(
         if round_activations:
             act = fp8_round(act)
         parts.append(matmul(act.to(mm), dequantize(*w2[e], mm)).to(dtype))
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    return out.index_add(0, rows, torch.cat(parts).float())
+    done = wide(torch.cat(parts))
+    return done.new_zeros(x.shape).index_add(0, rows, done)
 
 
 def _one_row(

@@ -1,0 +1,116 @@
+"""Samples of different lengths in one row, each seen alone by whatever looks across tokens.
+
+Linear maps, norms, experts and mHC work token by token and take the row as it lies. Attention
+takes the row apart into batches of whole samples, padded on the right to one of a few lengths,
+and its result is put together again. Nothing has to be masked: attention is causal, so no token
+sees the padding after it, and an entry compressed from padding is visible to padding alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import TrainingError
+
+SHORTEST = 16  # the least padded length
+
+
+class Packing:
+    """How samples of ``lengths`` lie in one row of ``sum(lengths)`` tokens, in order.
+
+    ``positions [N]`` is the place of each token in its own sample. Raises TrainingError for an
+    empty sample or none.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(int(n) for n in lengths)
+        if not self.lengths or min(self.lengths) < 1:
+            raise TrainingError(
+                "a packed row is made of samples", expected="lengths of at least 1", got=lengths
+            )
+        self.tokens = sum(self.lengths)
+        ends = list(accumulate(self.lengths))
+        starts = [0, *ends[:-1]]
+        self.positions = torch.cat([torch.arange(n) for n in self.lengths])
+        padded = [padded_length(n) for n in self.lengths]
+        self.longest = max(padded)
+        self.shapes: list[tuple[int, int]] = []  # samples and padded length of each batch
+        places = []
+        for width in sorted(set(padded)):
+            members = [i for i, w in enumerate(padded) if w == width]
+            begin = torch.tensor([starts[i] for i in members])[:, None]
+            end = torch.tensor([ends[i] for i in members])[:, None]
+            at = begin + torch.arange(width)
+            places.append(at.masked_fill_(at >= end, -1).flatten())
+            self.shapes.append((len(members), width))
+        source = torch.cat(places)  # the token at each place of all batches; -1: padding
+        self._padding = (source < 0).nonzero().squeeze(1)
+        self._source = source.clamp_min(0)
+        self._place = torch.empty(self.tokens, dtype=torch.int64)  # the place of each token
+        self._place[source[source >= 0]] = (source >= 0).nonzero().squeeze(1)
+
+    def split(self, row: Tensor) -> list[Tensor]:
+        """``[1, N, ...]`` -> for each batch of samples ``[B, T, ...]``, zero after a sample."""
+        flat: Tensor = _Spread.apply(row[0], self)  # type: ignore[no-untyped-call]
+        sizes = [b * t for b, t in self.shapes]
+        parts = zip(flat.split(sizes), self.shapes, strict=True)
+        return [part.unflatten(0, shape) for part, shape in parts]
+
+    def join(self, batches: Sequence[Tensor]) -> Tensor:
+        """The inverse of ``split``; what stands in the padding is dropped."""
+        flat = torch.cat([batch.flatten(0, 1) for batch in batches])
+        row: Tensor = _Collect.apply(flat, self)  # type: ignore[no-untyped-call]
+        return row.unsqueeze(0)
+
+    def followed(self) -> Tensor:
+        """Places ``[M]`` of the row's tokens that have a successor in their sample."""
+        last = torch.tensor(list(accumulate(self.lengths))) - 1
+        keep = torch.ones(self.tokens, dtype=torch.bool)
+        keep[last] = False
+        return keep.nonzero().squeeze(1)
+
+    def spread(self, row: Tensor) -> Tensor:
+        """``row [N, ...]`` at its places in all batches, zero elsewhere."""
+        return row.index_select(0, self._source).index_fill_(0, self._padding, 0)
+
+    def collect(self, flat: Tensor) -> Tensor:
+        """The row ``[N, ...]`` whose tokens are at their places in ``flat``."""
+        return flat.index_select(0, self._place)
+
+
+def padded_length(length: int) -> int:
+    """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, and at most a
+    third of a batch is padding."""
+    power = max(SHORTEST, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > SHORTEST else power
+
+
+class _Spread(torch.autograd.Function):
+    """``Packing.spread``. Each token has one place, so its gradient is moved, never summed."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing.spread(row)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing.collect(grad), None
+
+
+class _Collect(torch.autograd.Function):
+    """``Packing.collect``, the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return packing.collect(flat)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.packing.spread(grad), None
