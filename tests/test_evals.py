@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,11 +20,21 @@ from typer.testing import CliRunner
 
 from dsv4.cli import app
 from dsv4.errors import ConfigError
-from dsv4.evals.run import evaluate, heldout_loss, wilson
-from dsv4.evals.tasks import TASKS, Instance, evaluate_expression, instance, prompt_tokens
+from dsv4.evals.run import bits_per_byte, evaluate, heldout_loss, wilson
+from dsv4.evals.tasks import (
+    TASKS,
+    Instance,
+    check_number,
+    check_reply,
+    evaluate_expression,
+    instance,
+    prompt_tokens,
+    usual,
+)
 from dsv4.tokenizer import Tokenizer
-from dsv4.train.conversations import held_out, pair_key
 from dsv4.train.data import corpus_for_tokenizer
+from dsv4.train.generators.document import held_out, pair_key, rng_for
+from dsv4.train.text import corpus
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,13 @@ def calculator(asked: Instance) -> tuple[str, str]:
     return functions[0]["name"], functions[0]["parameters"]["required"][0]
 
 
+def is_json(text: str) -> bool:
+    try:
+        return json.loads(text) is not None
+    except ValueError:
+        return False
+
+
 def right(asked: Instance) -> dict[str, Any]:
     """A reply that is right, made without the data's own wording."""
     if asked.task == "tool_call":
@@ -55,9 +73,11 @@ def right(asked: Instance) -> dict[str, Any]:
         return say("", (name, json.dumps({parameter: f"({asked.answer})"})))
     if asked.task == "no_tool_needed":
         return say("I would say so.")
-    if asked.task == "json_extract":
+    if asked.task.startswith("json") and is_json(asked.answer):
         return say(json.dumps(json.loads(asked.answer), indent=1, sort_keys=True))
-    return say(f"It is {asked.answer}.")
+    exact = TASKS[asked.task].check is check_reply or asked.task.startswith("json")
+    exact = exact or not re.search(r"\d|day", asked.answer)  # a spelled word
+    return say(asked.answer if exact or asked.task == "letters" else f"It is {asked.answer}.")
 
 
 def wrong(asked: Instance) -> list[dict[str, Any]]:
@@ -74,6 +94,17 @@ def wrong(asked: Instance) -> list[dict[str, Any]]:
             say("It is " + answer[:-1]),
             say(f"{answer} or 99 or Oslo or box"),
         ]
+    elif TASKS[asked.task].check is check_number and asked.task != "tool_call":
+        out += [say(f"It is {int(answer) + 1}."), say(f"{answer} or 777"), say(f"{answer}.5")]
+    elif asked.task.startswith("multi_needle"):
+        values = answer.split(", ")
+        out += [say(", ".join(values[::-1])), say(", ".join(values[1:])), say(f"{answer}, 1")]
+    elif asked.task == "dates":
+        out += [say(f"{answer} or Friday"), say(f"{answer} 1"), say("It is 32 May 2020.")]
+    elif asked.task in ("sorting", "letters", "code_output", "dictionary", "knowledge"):
+        out += [say(answer + "0"), say(answer[1:]), say(f"{answer}\n{answer} 99")]
+    elif asked.task in ("json_nested", "json_convert"):
+        out += [say(answer[1:]), say(f"{answer}\n{answer}"), say(f"[{answer}]")]
     elif asked.task == "json_extract":
         person = json.loads(answer)
         out += [
@@ -112,7 +143,7 @@ def wrong(asked: Instance) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------ instances
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", usual())
 def test_instances_are_fresh_and_reproducible(name: str) -> None:
     first = [instance(name, 7, i) for i in range(20)]
     assert first == [instance(name, 7, i) for i in range(20)]
@@ -143,10 +174,35 @@ def test_instances_are_held_out() -> None:
         assert held_out("fact", owner, asked.answer)
 
 
+def documents_facts(name: str, i: int) -> tuple[tuple[object, ...], ...]:
+    """What instance ``i`` of a task must not have in common with training."""
+    task = TASKS[name]
+    return task.make(rng_for("eval", name, 0, i, 0), 1000 if task.tokens else 0).facts
+
+
+@pytest.mark.parametrize("name", [name for name in usual() if name != "no_tool_needed"])
+def test_every_fact_of_an_instance_is_held_out(name: str) -> None:
+    for i in range(10):
+        facts = documents_facts(name, i)
+        assert facts and all(held_out(*fact) for fact in facts)
+
+
+@pytest.mark.parametrize("name", [name for name in usual() if not TASKS[name].tokens])
+def test_no_answer_is_likelier_than_the_stated_chance(name: str) -> None:
+    n = 400
+    answers = Counter(instance(name, 9, i).answer for i in range(n))
+    share = answers.most_common(1)[0][1] / n
+    assert share < TASKS[name].chance + 0.04
+
+
+def test_anything_in_words_passes_where_chance_is_one() -> None:
+    assert [name for name, task in TASKS.items() if task.chance == 1] == ["no_tool_needed"]
+
+
 def test_recall_prompts_keep_their_promise(tokenizer: Tokenizer) -> None:
-    for name in ("recall_500", "recall_2000"):
+    for name in ("recall_500", "recall_2000", "multi_needle_1k", "key_value_4k"):
         low, high = TASKS[name].tokens or (0, 0)
-        for i in range(25):
+        for i in range(8):
             asked = instance(name, 3, i, tokenizer=tokenizer)
             assert low <= prompt_tokens(asked, tokenizer) <= high
 
@@ -164,7 +220,7 @@ def test_a_length_no_tokenizer_can_meet_is_refused() -> None:
 # ------------------------------------------------------------------ checkers
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", usual())
 def test_checkers_accept_right_and_reject_wrong(name: str) -> None:
     check = TASKS[name].check
     for i in range(40):
@@ -185,7 +241,7 @@ def test_checkers_accept_the_wording_of_the_training_data() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(sorted(TASKS)),
+    st.sampled_from(sorted(usual())),
     st.integers(0, 5),
     st.text(max_size=40),
     st.one_of(
@@ -235,7 +291,7 @@ class Scripted:
     def __init__(self, seed: int, n: int, knows: int) -> None:
         self.calls: list[Mapping[str, Any]] = []
         self.replies = {}
-        for name in TASKS:
+        for name in usual():
             for i in range(n):
                 asked = instance(name, seed, i)
                 reply = right(asked) if i < knows else wrong(asked)[0]
@@ -250,12 +306,13 @@ def test_evaluate_counts_what_the_model_gets_right() -> None:
     seen: list[tuple[str, int, int]] = []
     model = Scripted(11, 5, knows=3)
     report = evaluate(model, 11, 5, progress=lambda *args: seen.append(args))
-    assert list(report["tasks"]) == list(TASKS) and report["seed"] == 11
+    assert list(report["tasks"]) == usual() and report["seed"] == 11
     for name, row in report["tasks"].items():
         assert (row["correct"], row["n"], row["accuracy"]) == (3, 5, 0.6)
         assert row["interval"][0] < 0.6 < row["interval"][1]
         assert row["thinking"] == TASKS[name].thinking
-    assert len(seen) == 5 * len(TASKS) and seen[-1][1:] == (5, 3)
+        assert row["chance"] == TASKS[name].chance
+    assert len(seen) == 5 * len(usual()) and seen[-1][1:] == (5, 3)
     assert all(kw["temperature"] == 0 and kw["max_tokens"] > 0 for kw in model.calls)
     json.dumps(report)
 
@@ -281,9 +338,21 @@ def test_heldout_loss_of_a_uniform_model_is_the_log_of_its_vocabulary(
         def logits(self, ids: Any) -> torch.Tensor:
             return torch.zeros(len(ids), tokenizer.vocab_size)
 
-    loss = heldout_loss(Uniform(), tokenizer, seed=0, n=30, longest=200)
+    loss = heldout_loss(Uniform(), tokenizer, seed=0, n=60, longest=200)
     assert {"all", "arithmetic", "recall"} <= set(loss)
     assert all(math.isclose(v, math.log(2048), rel_tol=1e-5) for v in loss.values())
+
+
+def test_bits_per_byte_count_bytes_and_not_tokens(tokenizer: Tokenizer) -> None:
+    class Uniform:
+        def logits(self, ids: Any) -> torch.Tensor:
+            return torch.zeros(len(ids), tokenizer.vocab_size)
+
+    texts = corpus("python").heldout[:5]
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    expected = math.log2(tokenizer.vocab_size) * tokens / sum(len(t.encode()) for t in texts)
+    got = bits_per_byte(Uniform(), tokenizer, "python", n=5, longest=10_000)
+    assert math.isclose(got, expected, rel_tol=1e-5)
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,13 @@ from dsv4.train.runfiles import read_log
 
 RECIPE = Recipe(
     model={
-        "vocab_size": 384, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "head_dim": 128, "n_routed_experts": 2, "num_experts_per_tok": 1, "index_n_heads": 2,
-        "compress_ratios": [4, 128, 0], "moe_intermediate_size": 128, "q_lora_rank": 128,
-        "o_lora_rank": 128, "o_groups": 1,
+        "vocab_size": 384, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "head_dim": 64, "qk_rope_head_dim": 32, "n_routed_experts": 2, "num_experts_per_tok": 1, "index_n_heads": 2,
+        "compress_ratios": [4, 128, 0], "moe_intermediate_size": 128, "q_lora_rank": 64,
+        "o_lora_rank": 64, "o_groups": 1,
     },
     vocab_documents=50, log_every=3, checkpoint_every=4, keep=2,
-    stages=(Stage(steps=100, tokens_per_batch=256, length=64, shares={"number_facts": 1}),),
+    stages=(Stage(steps=80, tokens_per_batch=256, length=64, shares={"number_facts": 1}),),
 )  # fmt: skip
 CLOCK = ("seconds", "tokens_per_s")
 processes = multiprocessing.get_context("forkserver")  # imports once, then forks
@@ -89,7 +89,7 @@ def test_killed_twenty_times_at_random_it_becomes_the_same_model(
     reached = []
     for _ in range(20):
         process = _start(_train, tmp_path)
-        process.join(moments.uniform(0.1, 1.6))
+        process.join(moments.uniform(0.1, 1.1))
         assert process.exitcode is None, "it ended before it was killed twenty times"
         process.kill()
         process.join()
@@ -106,12 +106,17 @@ def test_killed_twenty_times_at_random_it_becomes_the_same_model(
 SHORT = replace(RECIPE, stages=(replace(RECIPE.stages[0], steps=10),))
 
 
+@pytest.fixture(scope="module")
+def ten_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ten")
+    _train(folder, SHORT)
+    return folder
+
+
 @pytest.fixture
-def stopped(tmp_path: Path) -> Path:
-    """A run of ten steps, of which nine are in the log and checkpoints exist at 8 and 10."""
-    _train(tmp_path, SHORT)
-    assert _steps(tmp_path) == [4, 8, 10]
-    return tmp_path
+def stopped(ten_steps: Path, tmp_path: Path) -> Path:
+    """A run of ten steps, of which nine are in the log and checkpoints exist at 4, 8 and 10."""
+    return shutil.copytree(ten_steps, tmp_path / "run")
 
 
 def _steps(folder: Path) -> list[int]:
@@ -156,19 +161,18 @@ def test_lines_after_the_checkpoint_and_half_a_line_are_dropped(stopped: Path) -
     assert _log(stopped) == before
 
 
-def test_a_full_disk_stops_it_with_advice_and_keeps_the_last_state(tmp_path: Path) -> None:
-    _train(tmp_path, SHORT)
-    size = max(p.stat().st_size for p in tmp_path.glob("checkpoints/*/*"))
-    shutil.rmtree(tmp_path / "checkpoints" / "00000010")
-    process = _start(_limited, tmp_path, size // 2)
+def test_a_full_disk_stops_it_with_advice_and_keeps_the_last_state(stopped: Path) -> None:
+    size = max(p.stat().st_size for p in stopped.glob("checkpoints/*/*"))
+    shutil.rmtree(stopped / "checkpoints" / "00000010")
+    process = _start(_limited, stopped, size // 2)
     process.join()
-    said = (tmp_path / "said").read_text()
+    said = (stopped / "said").read_text()
     assert "cannot write the checkpoint of step 10" in said and "free some space" in said
     assert "goes on from step 8" in said
-    assert _steps(tmp_path) == [4, 8]
-    with Run(SHORT, tmp_path) as run:
+    assert _steps(stopped) == [4, 8]
+    with Run(SHORT, stopped) as run:
         run.train()
-    assert _steps(tmp_path) == [4, 8, 10]
+    assert _steps(stopped) == [4, 8, 10]
 
 
 def test_two_processes_cannot_train_into_one_folder(stopped: Path) -> None:

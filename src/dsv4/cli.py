@@ -19,6 +19,7 @@ import typer
 
 from .config import PRESETS, V4Config
 from .errors import ConfigError, DSV4Error
+from .train.commands import data_app
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -509,50 +510,7 @@ def train(
     run.train()
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at the generated training data.")
 app.add_typer(data_app, name="data")
-
-
-@data_app.command("stats")
-def data_stats(
-    documents: Annotated[int, typer.Option(help="How many documents to draw.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Documents, tokens and trained tokens of each task in the training data."""
-    from .api import SHIPPED
-    from .tokenizer import Tokenizer
-    from .train.data import stats
-
-    rows = stats(seed, documents, Tokenizer.load(SHIPPED / "v4-nano"))
-    if as_json:
-        print(json.dumps({k: vars(v) | {"mean_length": v.mean_length} for k, v in rows.items()}))
-        return
-    total = sum(r.tokens for r in rows.values())
-    print(f"{'task':14}{'documents':>10}{'tokens':>10}{'share':>8}{'trained':>10}{'mean':>7}")
-    for task, r in rows.items():
-        print(
-            f"{task:14}{r.documents:10,}{r.tokens:10,}{r.tokens / total:8.1%}"
-            f"{r.trained:10,}{r.mean_length:7.0f}"
-        )
-
-
-@data_app.command("show")
-def data_show(
-    count: Annotated[int, typer.Option(help="How many documents.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the stream.")] = 0,
-) -> None:
-    """Print training documents as the model sees them."""
-    from itertools import islice
-
-    from .encoding import encode_messages
-    from .train.data import documents
-
-    for doc in islice(documents(seed, longest=200), count):
-        text = encode_messages(
-            doc.messages, doc.thinking_mode, reasoning_effort=doc.reasoning_effort
-        )
-        print(f"--- {doc.task}\n{text}\n")
 
 
 @app.command("eval")
@@ -608,12 +566,12 @@ def evaluate(
     table = Table(title=f"{model}: {n} held-out questions a task, seed {seed}", box=SIMPLE_HEAD)
     table.add_column("task", no_wrap=True)
     table.add_column("thinking")
-    for column in ("right", "95% interval"):
+    for column in ("right", "95% interval", "chance"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in report["tasks"].items():
         low, high = row["interval"]
-        share = f"{row['accuracy']:.1%}"
-        table.add_row(name, row["thinking"], share, f"{low:.1%} to {high:.1%}")
+        shares = f"{row['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", f"{row['chance']:.0%}"
+        table.add_row(name, row["thinking"], *shares)
     Console().print(table)
     if "heldout_loss" in report:
         losses = (f"{name} {loss:.3f}" for name, loss in report["heldout_loss"].items())

@@ -11,7 +11,8 @@ import torch
 from ..errors import ConfigError
 from ..tokenizer import Tokenizer
 from ..train.data import document, render
-from .tasks import TASKS, find_task, instance
+from ..train.text import corpus
+from .tasks import find_task, instance, usual
 
 
 class ChatModel(Protocol):
@@ -56,8 +57,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Greedy accuracy on ``n`` held-out instances of each task.
 
-    Returns ``{"seed", "n", "tasks": {name: {"correct", "n", "accuracy", "interval", "thinking"}}}``
-    with ``interval`` the 95% Wilson interval. ``tasks`` are names (default: all), ``thinking``
+    Returns ``{"seed", "n", "tasks": {name: {"correct", "n", "accuracy", "interval", "chance",
+    "thinking"}}}`` with ``interval`` the 95% Wilson interval and ``chance`` what guessing gets.
+    ``tasks`` are names (default: all but those with prompts of 8,000 tokens and more), ``thinking``
     replaces the tasks' own efforts, and ``progress(task, done, correct)`` is called after every
     reply. Prompt lengths are exact when the model has a ``tokenizer``.
 
@@ -65,7 +67,7 @@ def evaluate(
     """
     if n < 1:
         raise ConfigError("nothing to evaluate", expected="n of at least 1", got=n)
-    chosen = [find_task(name) for name in (TASKS if tasks is None else tasks)]
+    chosen = [find_task(name) for name in (usual() if tasks is None else tasks)]
     tokenizer = getattr(model, "tokenizer", None)
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else None
     results: dict[str, Any] = {}
@@ -88,6 +90,7 @@ def evaluate(
             "n": n,
             "accuracy": correct / n,
             "interval": list(wilson(correct, n)),
+            "chance": task.chance,
             "thinking": effort,
         }
     return {"seed": seed, "n": n, "tasks": results}
@@ -116,3 +119,22 @@ def heldout_loss(
             total[0] += float(loss @ weight)
             total[1] += float(weight.sum())
     return {key: loss / count for key, (loss, count) in sums.items()}
+
+
+@torch.inference_mode()
+def bits_per_byte(
+    model: LogitsModel, tokenizer: Tokenizer, text: str, n: int = 50, longest: int = 2000
+) -> float:
+    """Bits that the model needs for a byte of held-out running text, from a source of
+    train/text.py: the first ``n`` of its held-out documents, up to ``longest`` tokens of each.
+
+    Comparable between vocabularies. Raises TrainingError for a text that is not installed.
+    """
+    nats, size = 0.0, 0
+    for passage in corpus(text).heldout[:n]:
+        ids = [tokenizer.bos_id, *tokenizer.encode(passage)[: longest - 1]]
+        size += sum(len(tokenizer.token_bytes(i)) for i in ids[1:])
+        logits = model.logits(ids)[:-1].float()
+        targets = torch.tensor(ids[1:], device=logits.device)
+        nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    return nats / math.log(2) / size

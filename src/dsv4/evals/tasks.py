@@ -1,8 +1,8 @@
 """The tasks: held-out instances, and the checkers that say whether a reply is right.
 
 An instance is made from ``(task, seed, number)`` alone. Its operands, facts, person or question
-are held out (``train.conversations.held_out``), so no training document shows them. A checker is a
-pure function of the instance and the reply; it needs no model and trusts nothing.
+are held out (``held_out`` of train/generators/document.py), so no training document shows them. A
+checker is a pure function of the instance and the reply; it needs no model and trusts nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ from typing import Any
 from ..encoding import encode_segments
 from ..errors import ConfigError
 from ..tokenizer import Tokenizer
-from ..train import conversations as make
-from ..train.conversations import Document, Message
-from ..train.phrases import ANIMALS, CITIES, COLORS, FOODS, OBJECTS
+from ..train.generators.code import code_output
+from ..train.generators.dictionary import dictionary
+from ..train.generators.document import Document, Generator, Message, rng_for
+from ..train.generators.knowledge import knowledge
+from ..train.generators.needles import key_value, multi_needle, recall
+from ..train.generators.phrases import ANIMALS, CITIES, COLORS, DAYS, FOODS, MONTHS, OBJECTS
+from ..train.generators.problems import dates, units, word_problem
+from ..train.generators.structured import json_convert, json_extract, json_nested
+from ..train.generators.sums import addition, arithmetic
+from ..train.generators.tools import GET_TIME, GET_WEATHER, tool_call
+from ..train.generators.words import letters, sorting
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Task:
 
     ``make`` gives a held-out document from a generator and a length in tokens, which only tasks
     with ``tokens`` (the least and the most of their prompts) look at. ``max_tokens`` bounds the
-    reply, reasoning included.
+    reply, reasoning included. ``chance`` is what a model reaches that knows the form of the answer
+    and nothing else, by always giving the likeliest one. A task not ``usual`` is run when named.
     """
 
     name: str
@@ -56,7 +65,9 @@ class Task:
     check: Checker
     thinking: str
     max_tokens: int
+    chance: float = 0.0
     tokens: tuple[int, int] | None = None
+    usual: bool = True
 
 
 # ------------------------------------------------------------------ checkers
@@ -86,20 +97,55 @@ def check_value(instance: Instance, message: Mapping[str, Any]) -> bool:
     return not message.get("tool_calls") and said == {instance.answer}
 
 
+def check_values(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The reply's numbers are those of the answer, in its order, and no tool was called."""
+    said = re.findall(r"\d+", _content(message))
+    return not message.get("tool_calls") and ", ".join(said) == instance.answer
+
+
+def check_reply(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The reply is the answer and nothing else, a period at its end apart."""
+    said = _content(message).strip().removesuffix(".")
+    return not message.get("tool_calls") and said == instance.answer
+
+
+def check_letters(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The number, or the spelled word."""
+    check = check_number if instance.answer.isdigit() else check_reply
+    return check(instance, message)
+
+
+_DATE = re.compile(rf"\d+ (?:{'|'.join(MONTHS)}) \d+|{'|'.join(DAYS)}|-?\d+")
+
+
+def check_date(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The reply names one weekday, date or number, and it is the answer."""
+    said = _DATE.findall(_content(message))
+    return not message.get("tool_calls") and said == [instance.answer]
+
+
 def check_json(instance: Instance, message: Mapping[str, Any]) -> bool:
-    """The reply is one JSON object and nothing else, with the right keys, values and types."""
+    """The reply is the JSON value and nothing else: same keys, items, values and types."""
     try:
         got = json.loads(_content(message))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     want = json.loads(instance.answer)
-    same = isinstance(got, dict) and got == want
-    return same and all(type(got[key]) is type(want[key]) for key in want)
+    return json.dumps(got, sort_keys=True) == json.dumps(want, sort_keys=True)
+
+
+def check_converted(instance: Instance, message: Mapping[str, Any]) -> bool:
+    """The JSON value, if the answer is JSON, or else its very lines."""
+    try:
+        json.loads(instance.answer)
+    except ValueError:
+        return check_reply(instance, message)
+    return check_json(instance, message)
 
 
 def check_tool_call(instance: Instance, message: Mapping[str, Any]) -> bool:
     """One call of the declared calculator, whose expression has the right value."""
-    others = (make.GET_TIME, make.GET_WEATHER)
+    others = (GET_TIME, GET_WEATHER)
     calculator = next(t["function"] for t in instance.tools or [] if t not in others)
     calls = message.get("tool_calls") or []
     try:
@@ -156,38 +202,88 @@ def evaluate_expression(text: str) -> float:
 
 
 def _two_digits(rng: Random, _: int) -> Document:
-    return make.arithmetic(rng, "heldout", digits=(2, 2), turns=1, thinking=False)
+    return arithmetic(rng, "heldout", digits=(2, 2), turns=1, thinking=False)
+
+
+def _four_digits(rng: Random, _: int) -> Document:
+    return addition(rng, "heldout", digits=4, turns=1, thinking=False)
 
 
 def _one_key(rng: Random, length: int) -> Document:
-    return make.recall(rng, "heldout", length=length, keys=1, thinking=False)
+    return recall(rng, "heldout", length=length, keys=1, thinking=False)
+
+
+def _several_keys(rng: Random, length: int) -> Document:
+    return multi_needle(rng, "heldout", length=length, thinking=False)
+
+
+def _one_line(rng: Random, length: int) -> Document:
+    return key_value(rng, "heldout", length=length, turns=1, thinking=False)
 
 
 def _person(rng: Random, _: int) -> Document:
     fields = ("name", "age", "city")
-    return make.json_extract(rng, "heldout", fields=fields, thinking=False)
+    return json_extract(rng, "heldout", fields=fields, thinking=False)
 
 
 def _calculation(rng: Random, _: int) -> Document:
-    return make.tool_call(rng, "heldout", need=True, turns=1, thinking=False)
+    return tool_call(rng, "heldout", need=True, turns=1, thinking=False)
 
 
 def _no_calculation(rng: Random, _: int) -> Document:
-    return make.tool_call(rng, "heldout", need=False, turns=1, thinking=False)
+    return tool_call(rng, "heldout", need=False, turns=1, thinking=False)
+
+
+def _one(generate: Generator) -> Callable[[Random, int], Document]:
+    return lambda rng, _: generate(rng, "heldout", turns=1, thinking=False)
+
+
+def _long(name: str, make: Callable[[Random, int], Document], check: Checker, most: int) -> Task:
+    """A task with a prompt of about ``most`` tokens; the longest are run when named."""
+    low = most - most // 10
+    chance = 0.0 if make is _several_keys else 0.02
+    return Task(name, make, check, "off", 160, chance, (low, most), most < 8000)
 
 
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        Task("addition_subtraction", _two_digits, check_number, "high", 160),
-        Task("addition_subtraction_no_thinking", _two_digits, check_number, "off", 32),
-        Task("recall_500", _one_key, check_value, "off", 40, (450, 550)),
-        Task("recall_2000", _one_key, check_value, "off", 40, (1900, 2040)),
+        Task("addition_subtraction", _two_digits, check_number, "high", 160, 0.01),
+        Task("addition_subtraction_no_thinking", _two_digits, check_number, "off", 32, 0.01),
+        Task("addition_4_digits", _four_digits, check_number, "high", 200),
+        Task("addition_4_digits_no_thinking", _four_digits, check_number, "off", 32),
+        Task("word_problem", _one(word_problem), check_number, "high", 240, 0.03),
+        Task("units", _one(units), check_number, "off", 40, 0.09),
+        Task("dates", _one(dates), check_date, "high", 160, 0.1),
+        Task("sorting", _one(sorting), check_reply, "off", 60, 0.05),
+        Task("letters", _one(letters), check_letters, "high", 120, 0.37),
+        Task("recall_500", _one_key, check_value, "off", 40, 0.02, (450, 550)),
+        Task("recall_2000", _one_key, check_value, "off", 40, 0.02, (1900, 2040)),
+        _long("recall_1k", _one_key, check_value, 1000),
+        _long("recall_4k", _one_key, check_value, 4000),
+        _long("recall_16k", _one_key, check_value, 16000),
+        _long("recall_32k", _one_key, check_value, 32000),
+        _long("multi_needle_1k", _several_keys, check_values, 1000),
+        _long("multi_needle_4k", _several_keys, check_values, 4000),
+        _long("multi_needle_16k", _several_keys, check_values, 16000),
+        _long("key_value_1k", _one_line, check_number, 1000),
+        _long("key_value_4k", _one_line, check_number, 4000),
+        _long("key_value_16k", _one_line, check_number, 16000),
         Task("json_extract", _person, check_json, "off", 64),
+        Task("json_nested", _one(json_nested), check_json, "off", 80),
+        Task("json_convert", _one(json_convert), check_converted, "off", 120, 0.01),
         Task("tool_call", _calculation, check_tool_call, "off", 120),
-        Task("no_tool_needed", _no_calculation, check_no_call, "off", 64),
+        Task("no_tool_needed", _no_calculation, check_no_call, "off", 64, 1.0),
+        Task("code_output", _one(code_output), check_reply, "off", 60, 0.08),
+        Task("knowledge", _one(knowledge), check_reply, "off", 60, 0.01),
+        Task("dictionary", _one(dictionary), check_reply, "off", 60, 0.13),
     )
 }
+
+
+def usual() -> list[str]:
+    """The names of the tasks that run when none is named."""
+    return [task.name for task in TASKS.values() if task.usual]
 
 
 def find_task(name: str) -> Task:
@@ -220,7 +316,7 @@ def instance(
     low, high = task.tokens or (0, 0)
     length = wanted = (low + high) // 2
     for attempt in range(20):
-        doc = task.make(make.rng_for("eval", name, seed, number, attempt), length)
+        doc = task.make(rng_for("eval", name, seed, number, attempt), length)
         out = _question(doc, task, thinking or task.thinking)
         if not task.tokens or not tokenizer:
             return out

@@ -2,7 +2,8 @@
 
 Nothing is stored. Document ``i`` of a stream depends on ``(seed, split, i)`` and on nothing else,
 and batch ``k`` on ``(seed, k)``, so a run resumes by number. What the documents say is in
-``conversations``.
+``generators``, and in ``text`` for those that come from installed packages (then the packages are
+part of what a document depends on).
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ import torch
 
 from ..encoding import (
     ASSISTANT,
+    BOS,
     END_THINK,
     EOS,
+    FIM_BEGIN,
+    FIM_END,
+    FIM_HOLE,
     PAD,
     SPECIAL_TOKENS,
     THINK,
@@ -28,22 +33,44 @@ from ..encoding import (
     encode_segments,
 )
 from ..errors import TrainingError
-from .conversations import TASKS, Document, Split, recall, rng_for
+from .generators import TASKS
+from .generators.document import Document, Split, rng_for
+from .generators.needles import key_value, multi_needle, recall
+from .text import ANY_TEXT, SOURCES, Passage, corpus, passage
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
-# Documents per task, relative. In tokens recall and arithmetic lead, because they are the longest
-# and the most numerous.
+# Documents per task, relative.
 WEIGHTS: Mapping[str, float] = {
-    "arithmetic": 36,
-    "number_facts": 10,
-    "recall": 15,
-    "json_extract": 9,
+    "arithmetic": 20,
+    "number_facts": 6,
+    "addition": 10,
+    "word_problem": 8,
+    "units": 5,
+    "dates": 5,
+    "sorting": 6,
+    "letters": 6,
+    "recall": 10,
+    "multi_needle": 4,
+    "key_value": 4,
+    "json_extract": 6,
+    "json_nested": 4,
+    "json_convert": 4,
     "tool_call": 6,
-    "dialogue": 32,
+    "code_output": 6,
+    "dictionary": 10,
+    "knowledge": 10,
+    "dialogue": 25,
+    "everyday": 25,
 }
 HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k != "number_facts"}
+KINDS = (*TASKS, *SOURCES, ANY_TEXT)  # what shares can name
+_LONG: Mapping[str, Callable[..., Document]] = {  # tasks whose length is chosen
+    "recall": recall,
+    "multi_needle": multi_needle,
+    "key_value": key_value,
+}
 
 # ------------------------------------------------------------------ streams
 
@@ -54,19 +81,21 @@ def document(
     split: Split = "train",
     weights: Mapping[str, float] | None = None,
     longest: int = 2000,
-) -> Document:
+) -> Document | Passage:
     """Document ``index`` of a stream: the same for the same arguments, without its predecessors.
 
-    ``weights`` are relative numbers of documents per task (default ``WEIGHTS``, or ``HELD_OUT``:
-    number facts have no held-out part); ``longest`` is the most tokens a recall prompt aims at
-    (20 to 30 more with the answers).
+    ``weights`` are relative numbers of documents by kind (``KINDS``; default ``WEIGHTS``, or
+    ``HELD_OUT``: number facts have no held-out part); ``longest`` is the most tokens that the
+    prompts of recall aim at (20 to 30 more with the answers).
+
+    Raises TrainingError for an unknown kind, and for a text that is not installed.
     """
     rng = rng_for("document", seed, split, index)
     shares = weights or (WEIGHTS if split == "train" else HELD_OUT)
     task = rng.choices(list(shares), list(shares.values()))[0]
-    if task == "recall":
-        return recall(rng, split, longest=longest)
-    return TASKS[task](rng, split)
+    if task in _LONG:
+        return _LONG[task](rng, split, longest=longest)
+    return TASKS[task](rng, split) if task in TASKS else passage(rng, split, task)
 
 
 def documents(
@@ -74,7 +103,7 @@ def documents(
     split: Split = "train",
     weights: Mapping[str, float] | None = None,
     longest: int = 2000,
-) -> Iterator[Document]:
+) -> Iterator[Document | Passage]:
     """The endless stream ``document(0), document(1), ...``."""
     return (document(i, seed, split, weights, longest) for i in count())
 
@@ -82,16 +111,21 @@ def documents(
 # ------------------------------------------------------------------ tokens and their weights
 
 
-def render(
-    doc: Document, tokenizer: Tokenizer, prompt_weight: float = 0.0
-) -> tuple[list[int], list[float]]:
-    """Token ids of the whole conversation and one loss weight per id, as a target.
+Sample = tuple[list[int], list[float]]  # token ids and their loss weights
+
+
+def render(doc: Document | Passage, tokenizer: Tokenizer, prompt_weight: float = 0.0) -> Sample:
+    """Token ids of the whole document and one loss weight per id, as a target.
+
+    All of a running text weighs 1. In a conversation:
 
     Weight 1 is on what the assistant has to produce: reasoning, ``</think>``, content, tool calls
     and EOS, not the ``<think>`` or ``</think>`` with which the prompt ends. All other tokens weigh
     ``prompt_weight``, and BOS, which nothing predicts, 0. In thinking mode without tools only the
     last turn counts: the ones before are shown without their reasoning, as no model wrote them.
     """
+    if isinstance(doc, Passage):
+        return _render_text(doc, tokenizer)
     segments = encode_segments(
         doc.messages, doc.thinking_mode, reasoning_effort=doc.reasoning_effort
     )
@@ -108,6 +142,29 @@ def render(
             weights[i] = 1.0
             inside = ids[i] != end
     return ids, weights
+
+
+def _render_text(doc: Passage, tokenizer: Tokenizer) -> Sample:
+    """BOS, text, EOS; with holes prefix, suffix, middle, as in DeepSeek-V3's training."""
+    inner = tokenizer.encode(doc.text)
+    if doc.holes:
+        first, second = doc.holes
+        parts = (doc.text[:first], doc.text[second:], doc.text[first:second])
+        marks = (tokenizer.special_id(mark) for mark in (FIM_BEGIN, FIM_HOLE, FIM_END))
+        inner = [i for mark, part in zip(marks, parts, strict=True)
+                 for i in (mark, *tokenizer.encode(part))]  # fmt: skip
+    ids = [tokenizer.bos_id, *inner, tokenizer.eos_id]
+    return ids, [0.0] + [1.0] * (len(ids) - 1)
+
+
+def cut(sample: Sample, length: int) -> list[Sample]:
+    """A text as samples of at most ``length`` tokens, each from BOS on; nothing of it is lost."""
+    ids, weights = sample
+    step = length - 1
+    return [
+        ([ids[0], *ids[i : i + step]], [0.0, *weights[i : i + step]])
+        for i in range(1, len(ids), step)
+    ]
 
 
 def ramp(start: int, end: int, batches: int) -> Callable[[int], int]:
@@ -153,8 +210,8 @@ def batches(
     """Endless packed batches of the train split, each of exactly ``tokens_per_batch`` tokens.
 
     A sample is one document from BOS to EOS. ``max_length`` (tokens) bounds the recall documents,
-    the only long ones; others may have some 700. A document longer than the shortest batch of its
-    pool is left out.
+    the only long conversations (others may have some 700), and is where a running text is cut
+    into samples. A conversation longer than the shortest batch of its pool is left out.
 
     Both numbers may depend on the batch number (see ``ramp``); ``max_length`` is read once for
     each ``POOL`` batches. Batch k depends on the arguments and k alone, so training resumes with
@@ -181,9 +238,6 @@ def batches(
             yield _batch(rows[k - first], sizes[k - first], pad)
 
 
-Sample = tuple[list[int], list[float]]  # token ids and their loss weights
-
-
 def _always(value: int) -> Schedule:
     return lambda _: value
 
@@ -201,7 +255,9 @@ def _samples(
     for i in count(number << 24):  # more documents than a pool can use
         doc = document(i, seed, "train", weights, max(48, limit - 80))
         sample = render(doc, tokenizer, prompt_weight)
-        if doc.task != "recall" or len(sample[0]) <= limit:
+        if isinstance(doc, Passage):
+            yield from cut(sample, limit)
+        elif doc.task not in _LONG or len(sample[0]) <= limit:
             yield sample
 
 
@@ -246,52 +302,98 @@ def _batch(row: list[Sample], size: int, pad: int) -> Batch:
 
 _CORPUS: Mapping[str, float] = {  # many short documents: rare words have to earn their merges
     "arithmetic": 10,
+    "word_problem": 8,
+    "units": 4,
+    "dates": 4,
+    "sorting": 4,
+    "letters": 4,
     "recall": 12,
-    "json_extract": 16,
+    "json_extract": 12,
+    "json_nested": 4,
+    "json_convert": 4,
     "tool_call": 12,
-    "dialogue": 50,
+    "code_output": 10,
+    "dictionary": 20,
+    "knowledge": 20,
+    "dialogue": 40,
+    "everyday": 40,
 }
 
 
-def corpus_for_tokenizer(seed: int, n: int) -> Iterator[str]:
-    """Texts of ``n`` rendered conversations, from which the vocabulary of v4-nano is trained.
+def as_text(doc: Document | Passage) -> str:
+    """The document as the model sees it, special tokens spelled out."""
+    if not isinstance(doc, Passage):
+        return encode_messages(
+            doc.messages, doc.thinking_mode, reasoning_effort=doc.reasoning_effort
+        )
+    text, inner = doc.text, doc.text
+    if doc.holes:
+        first, second = doc.holes
+        inner = FIM_BEGIN + text[:first] + FIM_HOLE + text[second:] + FIM_END + text[first:second]
+    return BOS + inner + EOS
 
-    Cut at the special tokens, so that no merge is spent on their spelling.
+
+def corpus_for_tokenizer(
+    seed: int, n: int, weights: Mapping[str, float] | None = None
+) -> Iterator[str]:
+    """Texts of ``n`` documents, from which a vocabulary is trained.
+
+    Cut at the special tokens, so that no merge is spent on their spelling. ``weights`` are as in
+    ``document``; by default many short conversations and no running text.
     """
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
     for i in range(n):
-        doc = document(i, seed, "train", _CORPUS, 250)
-        text = encode_messages(
-            doc.messages, doc.thinking_mode, reasoning_effort=doc.reasoning_effort
-        )
-        yield from filter(None, special.split(text))
+        doc = document(i, seed, "train", weights or _CORPUS, 250)
+        yield from filter(None, special.split(as_text(doc)))
 
 
 @dataclass
-class TaskStats:
-    """Sums over the documents of one task; ``trained`` counts tokens of loss weight 1."""
+class KindStats:
+    """Sums over the drawn documents of one kind.
+
+    ``trained`` counts tokens with a loss weight, ``size`` bytes of UTF-8, ``repeated`` documents
+    that were drawn before. Of a text from a package there are also ``held_out`` documents, and
+    ``removed`` ones that were copies; a generator's are as many as one likes, and None here.
+    """
 
     documents: int = 0
     tokens: int = 0
     trained: int = 0
     longest: int = 0
+    size: int = 0
+    repeated: int = 0
+    held_out: int | None = None
+    removed: int | None = None
 
     @property
     def mean_length(self) -> float:
         return self.tokens / max(1, self.documents)
 
+    @property
+    def bytes_per_token(self) -> float:
+        return self.size / max(1, self.tokens)
+
 
 def stats(
     seed: int, n: int, tokenizer: Tokenizer, weights: Mapping[str, float] | None = None
-) -> dict[str, TaskStats]:
-    """What the first ``n`` documents of the train split consist of, by task."""
-    out = {task: TaskStats() for task in (WEIGHTS if weights is None else weights)}
+) -> dict[str, KindStats]:
+    """What the first ``n`` documents of the train split consist of, by kind."""
+    out = {kind: KindStats() for kind in (weights or WEIGHTS) if kind != ANY_TEXT}
+    drawn: set[str] = set()
     for i in range(n):
         doc = document(i, seed, "train", weights)
         ids, loss = render(doc, tokenizer)
-        row = out[doc.task]
+        text = as_text(doc)
+        row = out.setdefault(doc.task, KindStats())
         row.documents += 1
         row.tokens += len(ids)
-        row.trained += sum(w == 1 for w in loss)
+        row.trained += sum(w > 0 for w in loss)
         row.longest = max(row.longest, len(ids))
+        row.size += len(text.encode())
+        row.repeated += text in drawn
+        drawn.add(text)
+    for kind in SOURCES.keys() & out.keys():
+        made = corpus(kind)
+        out[kind].held_out = len(made.heldout)
+        out[kind].removed = made.copies + made.leaks
     return out

@@ -33,8 +33,8 @@ def orthogonalize(
     """The nearest (semi-)orthogonal matrices of ``m [B, N, K]``: all singular values about 1.
 
     Newton-Schulz, 8 fast steps then 2 exact ones, safe in bfloat16 after division by the
-    Frobenius norm. In float32 singular values above 1e-3 of that norm come out within 1e-3 of 1;
-    what starts at 1e-4 of it ends within 3e-3.
+    Frobenius norm. In float32, singular values down to 1e-3 of the largest come out within 1e-3
+    of 1, down to 1e-4 within 3e-3.
     """
     tall = m.shape[-2] > m.shape[-1]
     x: Tensor = (m.mT if tall else m).float()

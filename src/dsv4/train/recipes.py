@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import PRESETS, V4Config
 from ..errors import TrainingError
-from .conversations import TASKS
+from .data import KINDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -147,9 +147,9 @@ class Recipe:
             if getattr(self, name) < 1:
                 refuse(name, "at least 1", getattr(self, name))
         for stage in self.stages:
-            wrong = sorted(set(stage.shares) - set(TASKS))
+            wrong = sorted(set(stage.shares) - set(KINDS))
             if wrong:
-                refuse("shares", ", ".join(TASKS), ", ".join(wrong))
+                refuse("shares", ", ".join(KINDS), ", ".join(wrong))
             if stage.attention not in ATTENTION:
                 refuse("attention", ", ".join(ATTENTION), stage.attention)
             if stage.steps < 1:
