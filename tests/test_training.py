@@ -26,7 +26,10 @@ TINY = Recipe(
     },
     vocab_documents=300, log_every=1,
     stages=(
-        Stage(steps=2, tokens_per_batch=1024, length=160, warmup=2, shares={"arithmetic": 3, "recall": 1}),
+        Stage(
+            steps=2, tokens_per_batch=1024, length=160, warmup=2,
+            shares={"arithmetic": 3, "recall": 1},
+        ),
         Stage(steps=4, tokens_per_batch=1024, length=160, final_lr=0.1, qat_steps=2),
     ),
 )

@@ -20,6 +20,7 @@ import typer
 from .config import PRESETS, V4Config
 from .errors import ConfigError, DSV4Error
 from .train.commands import data_app
+from .train.launch import train_app
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -481,35 +482,7 @@ def _sampling(
     return SamplingParams(max_tokens, temperature, top_p, seed)
 
 
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file such as recipes/v4-nano.toml.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; default runs/NAME-OF-THE-RECIPE.")
-    ] = None,
-) -> None:
-    """Train a model by a recipe; the same command again goes on where it stopped.
-
-    Ctrl-C saves and stops. The folder holds log.jsonl, state.pt and, at the end, parent/ (the
-    float model) and model/ (official FP4 + FP8 format), which every other command takes.
-
-    \b
-      dsv4 train recipes/v4-nano.toml
-      dsv4 chat runs/v4-nano/model
-    """
-    from .train.loop import Recipe, Run
-
-    folder = out or Path("runs") / recipe.stem
-    run = Run(Recipe.read(recipe), folder)
-    counts = run.config.parameter_counts()
-    print(
-        f"{folder}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; "
-        f"step {run.step} of {run.recipe.steps}",
-        file=sys.stderr,
-    )
-    run.train()
-
-
+app.add_typer(train_app, name="train")
 app.add_typer(data_app, name="data")
 
 

@@ -299,7 +299,7 @@ class Run:
                     shown = self.train_step(log)
                     show.step(self.step)
                     if shown is not None and self.step % r.log_every == 0:
-                        line = self._line() | rounded(shown)
+                        line = rounded(self._line() | shown)
                         log.write(line)
                         show.line(line)
                     stop = self.ranks.any(bool(stopped))
@@ -325,12 +325,9 @@ class Run:
         means, loads = self.averages.take()
         speed = means.pop("tokens") / means.pop("took")
         names = [name.removesuffix(".ffn.gate") for name in self.gate_names]
-        return rounded(
-            {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
-            | {"lr": self.recipe.lr_at(self.step - 1)}
-            | means
-            | {"tokens_per_s": speed, "load": dict(zip(names, loads, strict=True))}
-        )
+        line: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        line |= {"lr": self.recipe.lr_at(self.step - 1)} | means
+        return line | {"tokens_per_s": speed, "load": dict(zip(names, loads, strict=True))}
 
     @contextmanager
     def _signals(self) -> Iterator[list[int]]:
@@ -419,7 +416,7 @@ class Run:
 
     def _load(self, step: int, facts: dict[str, Any]) -> None:
         self.routes = deque(
-            [torch.zeros(shape, dtype=torch.int64) for shape in shapes] for shapes in facts["routes"]
+            [torch.zeros(s, dtype=torch.int64) for s in shapes] for shapes in facts["routes"]
         )
         self.checkpoints.load(step, self._tensors())
         self.step = self._saved = step

@@ -65,7 +65,7 @@ class Stage:
     def length_at(self, step: int) -> int:
         """Longest sample of a step, in tokens: it grows by a constant factor per step."""
         first = self.first_length or self.length
-        return round(first * (self.length / first) ** self._ramped(step))
+        return round(first * math.exp(self._ramped(step) * math.log(self.length / first)))
 
     def _ramped(self, step: int) -> float:
         return min(1.0, step / self.ramp) if self.ramp else 1.0

@@ -19,9 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..errors import TrainingError
 from .distributed import Ranks
@@ -134,11 +136,8 @@ class Checkpoints:
             self.ranks.wait()
             with warnings.catch_warnings():  # that a single process is alone
                 warnings.simplefilter("ignore")
-                dcp.save(
-                    tensors,
-                    storage_writer=dcp.FileSystemWriter(fresh, thread_count=1),
-                    no_dist=self.ranks.size == 1,
-                )
+                alone = self.ranks.size == 1
+                save(tensors, storage_writer=FileSystemWriter(fresh), no_dist=alone)
             if self.ranks.first:
                 body = {"step": step, "files": _sums(fresh), "facts": dict(facts)}
                 _write(fresh / MANIFEST, body | {"sha256": fingerprint(body)})
@@ -185,7 +184,8 @@ class Checkpoints:
         """Fill ``tensors`` from a checkpoint that ``facts`` has verified."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(tensors, checkpoint_id=self._path(step), no_dist=self.ranks.size == 1)
+            reader = FileSystemReader(self._path(step))
+            load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: the run has gone back and takes another course."""

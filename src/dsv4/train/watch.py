@@ -84,7 +84,8 @@ class Averages:
             self._sums[name] = [total + value, count + 1]
         new = [load.tolist() for load in loads]
         old = self._loads or [[0] * len(load) for load in new]
-        self._loads = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)]
+        pairs = zip(old, new, strict=True)
+        self._loads = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
 
     def take(self) -> tuple[dict[str, float], list[list[float]]]:
         """The means, and the loads relative to an even one; starts anew."""
