@@ -178,21 +178,19 @@ class Run:
             self.net.zero_grad()
             return None
         line_due = (self.step + 1) % r.log_every == 0
-        shown: dict[str, Any] = {}
-        for (_, p), g in zip(active, gradients, strict=True):  # zero for experts without a token
-            p.grad = g.mul_(min(1.0, r.grad_clip / (norm + 1e-6)))
-        updates = GroupRMS()
-        if line_due:
-            sizes = GroupRMS()
-            for (name, _), g in zip(active, gradients, strict=True):
+        sizes, updates = GroupRMS(), GroupRMS()
+        for (name, p), g in zip(active, gradients, strict=True):  # zero for experts without a token
+            if line_due:
                 sizes.add(name, g)
-            shown["grad_rms"] = sizes.values()
+            p.grad = g.mul_(min(1.0, r.grad_clip / (norm + 1e-6)))
         self.optim.step(r.lr_at(self.step), updates.add if line_due else None)
         self.net.zero_grad()
         self._balance(loads)
         self.spikes.add(parts["loss"])
+        shown: dict[str, Any] = {}
         if line_due:
-            shown |= {"update_rms": updates.values()} | probe(self.net, batch)
+            shown = {"grad_rms": sizes.values(), "update_rms": updates.values()}
+            shown |= probe(self.net, batch)
         self._ahead.popleft()
         self.step += 1
         self.tokens += batch.ids.numel()
