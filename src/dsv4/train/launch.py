@@ -35,6 +35,9 @@ def train_run(
     tensorboard: Annotated[
         bool, typer.Option(help="Write RUN/tensorboard too; needs dsv4[watch].")
     ] = False,
+    expert_parallel: Annotated[
+        int, typer.Option(help="Divide the routed experts over so many processes of torchrun.")
+    ] = 1,
 ) -> None:
     """Train a model by a recipe; the same command again goes on where it stopped.
 
@@ -48,12 +51,14 @@ def train_run(
       dsv4 chat runs/v4-nano/model
       torchrun --nproc-per-node 2 -m dsv4.train recipes/v4-nano.toml
     """
+    from .distributed import Ranks
     from .loop import Run
     from .recipes import Recipe, changes
 
     folder = out or Path("runs") / recipe.stem
-    with Run(Recipe.read(recipe), folder, tensorboard=tensorboard) as run:
-        if run.ranks.first:
+    what = Recipe.read(recipe)
+    with Ranks(expert_parallel) as ranks, Run(what, folder, ranks, tensorboard) as run:
+        if ranks.first:
             counts = run.config.parameter_counts()
             print(
                 f"{folder}: {counts.total / 1e6:.1f}M parameters, "

@@ -24,29 +24,24 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import quant
 from ..checkpoint import inventory, save_checkpoint
 from ..config import V4Config
 from ..errors import TrainingError
-from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
+from ..model import Transformer
 from ..tokenizer import Tokenizer
 from .data import Batch, batches, corpus_for_tokenizer
 from .distributed import Ranks
+from .losses import Objective, Shares, learned_gates, losses, routes
 from .optim import MuonAdamW, OptimSettings
-from .recipes import Recipe, Stage, changes, fingerprint
+from .recipes import Recipe, changes, fingerprint
 from .runfiles import Checkpoints, RunLog, lock
 from .spikes import SpikeWatch
 from .watch import Averages, GroupRMS, Show, probe, rounded
 
-
-def trained(name: str, stage: Stage) -> bool:
-    """Whether a stage trains a parameter: dense attention leaves the indexer out, and while the
-    indexer warms up it alone is trained."""
-    indexer = ".indexer." in name
-    return {"dense": not indexer, "warmup": indexer, "sparse": True}[stage.attention]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Run:
@@ -76,10 +71,10 @@ class Run:
         settings = OptimSettings(
             r.weight_decay, r.momentum, r.update_rms, (r.beta1, r.beta2), r.eps
         )
-        self.optim = MuonAdamW(self.net.named_parameters(), settings)
-        gates = {n: m for n, m in self.net.named_modules() if isinstance(m, Gate)}
-        self.gates = [m for m in gates.values() if m.bias is not None]
-        self.gate_names = [n for n, m in gates.items() if m.bias is not None]
+        self.ranks.divide(self.net)
+        owned = self.ranks.owned(self.net)
+        self.optim = MuonAdamW(self.net.named_parameters(), settings, owned.__contains__)
+        self.gates = learned_gates(self.net)
         self.spikes = SpikeWatch(r.spike_window, r.spike_factor)
         self.anticipate_until = 0  # routing is done ahead for the steps before this one
         self.routes: deque[list[Tensor]] = deque()  # of this step and the next ones
@@ -119,41 +114,19 @@ class Run:
 
     # ------------------------------------------------------------ one step
 
-    def loss(
-        self, batch: Batch, routes: list[Tensor] | None
-    ) -> tuple[Tensor, dict[str, float], list[Tensor]]:
-        """The training loss of one batch, its parts, and each router's tokens per expert."""
-        r, net = self.recipe, self.net
-        ids, weights, _ = batch
-        stage, step = r.at(self.step)
-        nx = TRAIN_QAT if step >= stage.steps - stage.qat_steps else TRAIN
-        run = net.start(ids, nx)
-        run.balance = []
-        streams = net.trunk(run)
-        main = self._token_loss(streams[:, :-1], ids[:, 1:], weights[:, 1:], run, net.logits)
-        total, parts = main, {"loss": main.item()}
-        if net.mtp and stage.mtp_weight:
-            ahead = net.mtp_streams(streams, run)[:, :-1]
-            mtp = self._token_loss(ahead, ids[:, 2:], weights[:, 2:], run, net.mtp_logits)
-            total = total + stage.mtp_weight * mtp
-            parts["mtp"] = mtp.item()
-        for scores, chosen in run.balance:
-            share = torch.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.numel()
-            wanted = (scores / scores.sum(-1, keepdim=True)).mean(0)
-            total = total + r.balance_weight * scores.shape[1] * (share * wanted).sum()
-        loads = [torch.bincount(c.flatten(), minlength=s.shape[1]) for s, c in run.balance]
-        return total, parts, loads
-
-    @staticmethod
-    def _token_loss(
-        streams: Tensor, targets: Tensor, weights: Tensor, run: Any, head: Any
-    ) -> Tensor:
-        """Mean cross-entropy over the tokens that count; only their logits are computed."""
-        at = weights.flatten().nonzero().squeeze(1)
-        logits = head(streams.flatten(0, 1)[at], run)
-        losses = F.cross_entropy(logits, targets.flatten()[at], reduction="none")
-        w = weights.flatten()[at]
-        return (losses * w).sum() / w.sum().clamp_min(1.0)
+    def objective(self) -> Objective:
+        """What the present step minimises."""
+        r = self.recipe
+        stage, number = r.at(self.step)
+        return Objective(
+            mtp_weight=stage.mtp_weight,
+            balance_weight=r.balance_weight,
+            attention=stage.attention,
+            index_weight=r.index_weight,
+            qat=number >= stage.steps - stage.qat_steps,
+            again=r.recompute,
+            dtype=DTYPES[r.dtype],
+        )
 
     def train_step(self, log: RunLog) -> dict[str, Any] | None:
         """One update, or a return to an earlier step after a spike (None then).
@@ -162,35 +135,43 @@ class Run:
         the loss is not finite and going back has not helped.
         """
         r = self.recipe
-        stage, number = r.at(self.step)
-        if number == 0:
+        if r.at(self.step)[1] == 0:
             self.spikes.losses.clear()
         began = time.perf_counter()
-        batch = self._coming(0)
-        total, parts, loads = self.loss(batch, self._routes())
+        batch, objective = self._coming(0), self.objective()
+        part = self.ranks.part(batch)
+        total, parts, loads = losses(
+            self.net, *part, objective, self._routes(), Shares.of(part, batch)
+        )
         total.backward()
-        active = [
-            (n, p) for n, p in self.net.named_parameters() if p.requires_grad and trained(n, stage)
-        ]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in active]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        parts, loads = self._of_all_ranks(parts, loads)
+        gradients = {  # zero for experts without a token
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in self.net.named_parameters()
+            if p.requires_grad and objective.trains(name)
+        }
+        self.ranks.sum_gradients(gradients)
+        norm = self.ranks.norm(gradients)
         if self._is_spike(parts["loss"] if math.isfinite(norm) else norm, log):
             self.net.zero_grad()
             return None
         line_due = (self.step + 1) % r.log_every == 0
         sizes, updates = GroupRMS(), GroupRMS()
-        for (name, p), g in zip(active, gradients, strict=True):  # zero for experts without a token
-            if line_due:
-                sizes.add(name, g)
-            p.grad = g.mul_(min(1.0, r.grad_clip / (norm + 1e-6)))
+        for name, p in self.net.named_parameters():
+            p.grad = gradients.get(name)
+            if p.grad is not None:
+                if line_due:
+                    sizes.add(name, p.grad)
+                p.grad.mul_(min(1.0, r.grad_clip / (norm + 1e-6)))
         self.optim.step(r.lr_at(self.step), updates.add if line_due else None)
+        self.ranks.tell_updates(self.net)
         self.net.zero_grad()
         self._balance(loads)
         self.spikes.add(parts["loss"])
         shown: dict[str, Any] = {}
         if line_due:
             shown = {"grad_rms": sizes.values(), "update_rms": updates.values()}
-            shown |= probe(self.net, batch)
+            shown |= probe(self.net, part, objective.numerics)
         self._ahead.popleft()
         self.step += 1
         self.tokens += batch.ids.numel()
@@ -200,6 +181,15 @@ class Run:
         parts |= {"grad_norm": norm, "worst_load": worst}
         self.averages.add(parts | {"tokens": float(batch.ids.numel()), "took": took}, loads)
         return shown
+
+    def _of_all_ranks(
+        self, parts: dict[str, float], loads: list[Tensor]
+    ) -> tuple[dict[str, float], list[Tensor]]:
+        """Losses and loads, summed: each rank's are its share of the batch's."""
+        counts = torch.cat(loads).tolist() if loads else []
+        sums = self.ranks.summed([*parts.values(), *counts])
+        summed = torch.tensor(sums[len(parts) :]).long().split([len(n) for n in loads])
+        return dict(zip(parts, sums, strict=False)), list(summed)
 
     def _balance(self, loads: list[Tensor]) -> None:
         """Move the routers' biases towards even loads."""
@@ -250,7 +240,8 @@ class Run:
         if self.step >= end:
             return None
         while len(self.routes) <= r.anticipate_delay and self.step + len(self.routes) < end:
-            self.routes.append(self.choose(self._coming(len(self.routes))))
+            part = self.ranks.part(self._coming(len(self.routes)))
+            self.routes.append(routes(self.net, part.ids, part.lengths, self.objective()))
         return self.routes.popleft()
 
     # ------------------------------------------------------------ the run
@@ -322,7 +313,11 @@ class Run:
         """The log line of the steps since the last one."""
         means, loads = self.averages.take()
         speed = means.pop("tokens") / means.pop("took")
-        names = [name.removesuffix(".ffn.gate") for name in self.gate_names]
+        names = [
+            name.removesuffix(".ffn.gate")
+            for name, module in self.net.named_modules()
+            if module in self.gates
+        ]
         line: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
         line |= {"lr": self.recipe.lr_at(self.step - 1)} | means
         return line | {"tokens_per_s": speed, "load": dict(zip(names, loads, strict=True))}
@@ -352,7 +347,7 @@ class Run:
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name."""
         return (
-            {f"model.{name}": t for name, t in self.net.state_dict().items()}
+            _named_model(self.net)
             | {f"optim.{name}": t for name, t in self.optim.state.items()}
             | {f"routes.{i}.{j}": t for i, r in enumerate(self.routes) for j, t in enumerate(r)}
         )
@@ -429,8 +424,17 @@ class Run:
 
     def export(self) -> None:
         """Write ``parent/`` (BF16) and ``model/`` (official instruct format)."""
-        export(self.net, self.folder / "parent", _float_config(self.config), self.tokenizer)
-        export(self.net, self.folder / "model", self.config, self.tokenizer)
+        net = self.net
+        if self.ranks.size > 1:  # this rank may hold but a part; the last checkpoint is whole
+            net = Transformer(self.config)
+            net.init_weights(self.recipe.seed)
+            self.checkpoints.load(self.step, _named_model(net), alone=True)
+        export(net, self.folder / "parent", _float_config(self.config), self.tokenizer)
+        export(net, self.folder / "model", self.config, self.tokenizer)
+
+
+def _named_model(net: Transformer) -> dict[str, Tensor]:
+    return {f"model.{name}": t for name, t in net.state_dict().items()}
 
 
 def _float_config(config: V4Config) -> V4Config:

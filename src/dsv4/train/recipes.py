@@ -84,6 +84,8 @@ class Recipe:
     seed: int = 0
     vocab_documents: int = 20000  # from which the tokenizer is made
     init_std: float = 0.0  # of the first weights; 0: by fan-in, which suits small models
+    dtype: str = "bfloat16"  # of activations and matmuls; "float32" to compare runs
+    recompute: bool = False  # activations again for the gradient: less memory, more time
     # optimizer
     lr: float = 5e-3
     weight_decay: float = 0.1
@@ -143,6 +145,8 @@ class Recipe:
 
         if self.preset not in PRESETS:
             refuse("preset", ", ".join(PRESETS), self.preset)
+        if self.dtype not in ("bfloat16", "float32"):
+            refuse("dtype", "bfloat16, float32", self.dtype)
         for name in ("log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1", getattr(self, name))
@@ -188,7 +192,7 @@ class Recipe:
             if total <= max(0, step - 1):
                 begun.append(asdict(stage))
             total += stage.steps
-        kept = {"checkpoint_every", "keep", "keep_every", "log_every", "stages"}
+        kept = {"recompute", "checkpoint_every", "keep", "keep_every", "log_every", "stages"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in kept}
         return values | {"stages": begun}
 

@@ -180,12 +180,13 @@ class Checkpoints:
         facts: dict[str, Any] = body["facts"]
         return facts
 
-    def load(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Fill ``tensors`` from a checkpoint that ``facts`` has verified."""
+    def load(self, step: int, tensors: dict[str, Tensor], alone: bool = False) -> None:
+        """Fill ``tensors`` from a checkpoint that ``facts`` has verified; each rank its own, or
+        this one ``alone``."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reader = FileSystemReader(self._path(step))
-            load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
+            load(tensors, storage_reader=reader, no_dist=alone or self.ranks.size == 1)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: the run has gone back and takes another course."""

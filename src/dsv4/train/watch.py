@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import TrainingError
-from ..model import TRAIN, Transformer
+from ..model import Numerics, Transformer
 from .data import Batch
 
 PROBE_TOKENS = 512
@@ -96,16 +96,16 @@ class Averages:
 
 
 def rounded(value: Any) -> Any:
-    """Every float in a log line with five significant digits."""
+    """Every float in a log line with seven significant digits."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.7g}")
     if isinstance(value, Mapping):
         return {k: rounded(v) for k, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, list) else value
 
 
 @torch.no_grad()
-def probe(net: Transformer, batch: Batch) -> dict[str, Any]:
+def probe(net: Transformer, batch: Batch, nx: Numerics) -> dict[str, Any]:
     """What a forward pass over the first samples of a batch (about 512 tokens) shows.
 
     ``mtp_acceptance``: the share of the trained tokens for which the MTP block's first choice is
@@ -115,7 +115,7 @@ def probe(net: Transformer, batch: Batch) -> dict[str, Any]:
     ends = list(accumulate(batch.lengths))
     samples = max(1, sum(end <= PROBE_TOKENS for end in ends))
     ids, weights = (x[:, : ends[samples - 1]] for x in batch[:2])
-    run = net.start(ids, TRAIN, lengths=batch.lengths[:samples])
+    run = net.start(ids, nx, lengths=batch.lengths[:samples])
     with _recorded_mixing() as matrices:
         streams = net.trunk(run)
     spectra = torch.stack([torch.linalg.svdvals(m.flatten(0, -3)).mean(0) for m in matrices])
