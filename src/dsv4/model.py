@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import kernels, quant
 from .config import FP4_BLOCK, FP8_BLOCK, V4Config
@@ -114,8 +115,13 @@ class Pass:
     ids: Tensor  # [B, T]
     start: int  # position of the first new token
     states: list[AttentionState] | None = None  # one per layer; None: no past, nothing kept
-    packing: Packing | None = None  # training: ids [1, N] are samples, each seen alone
-    balance: list[tuple[Tensor, Tensor]] | None = None  # training: (scores, ids) of each router
+    # training only:
+    packing: Packing | None = None  # ids [1, N] are samples, each seen alone
+    dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
+    again: bool = False  # blocks keep their input only, and compute the rest again for gradients
+    routes: Mapping[nn.Module, Tensor] | None = None  # experts [N, K] that each Gate has to take
+    balance: list[tuple[Tensor, Tensor]] | None = None  # collects (scores, ids) of each router
+    index_losses: list[Tensor] | None = None  # collects the divergences of the indexers
     _rotations: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
 
     def rotation(self, compressed: bool, start: int, count: int, step: int = 1) -> Tensor:
@@ -299,8 +305,13 @@ def kv_rounded(entries: Tensor, run: Pass) -> Tensor:
 
 def fp4_rotated(x: Tensor, nx: Numerics) -> Tensor:
     """Indexer queries and keys: Hadamard rotation, then FP4. It leaves dot products alone but
-    for the rounding, so float32 numerics skip it."""
-    return quant.fp4_round(quant.hadamard(x)) if nx.official else x
+    for the rounding, so float32 numerics skip it. With ``qat`` the gradient passes the rounding
+    unchanged."""
+    if not (nx.official or nx.qat):
+        return x
+    turned = quant.hadamard(x)
+    rounded = quant.fp4_round(turned.detach())
+    return turned + (rounded - turned).detach() if nx.qat else rounded
 
 
 class Indexer(nn.Module):
@@ -315,25 +326,25 @@ class Indexer(nn.Module):
 
     def project(self, x: Tensor, q_latent: Tensor, run: Pass) -> tuple[Tensor, ...]:
         """Of each token: the compressor's two inputs and, unless all entries fit in the top-k,
-        queries ``[B, T, H, D]`` and weights of the heads ``[B, T, H]``."""
+        queries ``[B, T, H, D]`` and weights of the heads ``[B, T, H]``.
+
+        No gradient goes from the indexer to the layers before it."""
+        x, q_latent = x.detach(), q_latent.detach()
         pooled = self.compressor.project(x, run.nx)
-        if run.longest // 4 <= self.topk:
+        if run.longest // 4 <= self.topk and run.index_losses is None:
             return pooled
         q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
         q = fp4_rotated(kernels.rope(q, run.turn(True).unsqueeze(-3)), run.nx)
         weights = self.weights_proj(x, run.nx) * (self.dim**-0.5 * self.heads**-0.5)
         return *pooled, q, weights
 
-    def forward(
-        self, projected: Sequence[Tensor], run: Pass, state: AttentionState | None
-    ) -> Tensor | None:
+    def choose(self, keys: Tensor, query: Sequence[Tensor], run: Pass) -> Tensor | None:
         """Entries to attend to, ``[B, T, k]``; None while all visible ones fit in the top-k."""
-        kv, gate, *query = projected
-        keys = self.compressor(kv, gate, run, state)
-        if keys.shape[1] <= self.topk:
+        if run.dense or keys.shape[1] <= self.topk:
             return None
         q, weights = query
-        return kernels.index_topk(q, keys, weights, run.start, 4, self.topk)
+        with torch.no_grad():
+            return kernels.index_topk(q, keys, weights, run.start, 4, self.topk)
 
 
 class Attention(nn.Module):
@@ -369,13 +380,16 @@ class Attention(nn.Module):
         tokens = [q, kv]
         if self.compressor is not None:
             tokens += self.compressor.project(x, nx)
-        if self.indexer is not None:
+        if self.indexer is not None and not (run.dense and run.index_losses is None):
             tokens += self.indexer.project(x, latent_r, run)
         if run.packing is None:
-            out = self.attend(tokens, run, state)
+            out, *losses = self.attend(tokens, run, state)
         else:
             batches = zip(*map(run.packing.split, tokens), strict=True)
-            out = run.packing.join([self.attend(batch, run, None) for batch in batches])
+            done = zip(*(self.attend(batch, run, None) for batch in batches), strict=True)
+            out, *losses = map(run.packing.join, done)
+        if run.index_losses is not None:
+            run.index_losses += [loss.mean() for loss in losses]
         out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
         grouped = kernels.grouped_linear(
             out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
@@ -385,18 +399,29 @@ class Attention(nn.Module):
 
     def attend(
         self, tokens: Sequence[Tensor], run: Pass, state: AttentionState | None
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """All that looks across tokens. ``tokens``: of each token its queries ``[B, T, H, D]``,
-        entry ``[B, T, D]``, and what compressor and indexer project; returns ``[B, T, H, D]``."""
+        entry ``[B, T, D]``, and what compressor and indexer project. Returns the heads' outputs
+        ``[B, T, H, D]`` and, where it is trained, the indexer's loss ``[B, T]``."""
         c = self.c
         q, kv, *projected = tokens
         window = kv if state is None else state.window(kv)
         chosen = rows = None
-        if self.indexer is not None:
-            chosen = self.indexer(projected[2:], run, state)
+        losses = []
         if self.compressor is not None:
             rows = self.compressor(*projected[:2], run, state)
-        return kernels.attention(
+        if self.indexer is not None and rows is not None and len(projected) > 2:
+            keys = self.indexer.compressor(*projected[2:4], run, state)
+            chosen = self.indexer.choose(keys, projected[4:], run)
+            if run.index_losses is not None:
+                index_q, weights = projected[4:]
+                losses.append(
+                    kernels.index_loss(
+                        index_q, keys, weights, q, window, rows, chosen, self.attn_sink,
+                        ratio=self.ratio, width=c.sliding_window, scale=c.head_dim**-0.5,
+                    )
+                )
+        out = kernels.attention(
             q,
             window,
             rows,
@@ -408,6 +433,7 @@ class Attention(nn.Module):
             scale=c.head_dim**-0.5,
             dtype=run.nx.dtype,
         )
+        return [out, *losses]
 
 
 # ---------------------------------------------------------------- experts
@@ -440,7 +466,11 @@ class Gate(nn.Module):
             chosen = self.tid2eid[ids]
         else:
             assert self.bias is not None
-            chosen = (scores.detach() + self.bias).topk(self.c.num_experts_per_tok, -1).indices
+            if run.routes is None:
+                preferred = scores.detach() + self.bias
+                chosen = preferred.topk(self.c.num_experts_per_tok, -1).indices
+            else:
+                chosen = run.routes[self]
             if run.balance is not None:
                 run.balance.append((scores, chosen))
         weights = scores.gather(-1, chosen)
@@ -543,10 +573,32 @@ class Block(nn.Module):
 
     def forward(self, streams: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
         """Streams ``[B, T, h, d]`` -> the same."""
+        if run.again:
+            return self._again(streams, run)
         streams = self.site(
             "attn", lambda x: self.attn(self.attn_norm(x), run, state), streams, run
         )
         return self.site("ffn", lambda x: self.ffn(self.ffn_norm(x), run), streams, run)
+
+    def _again(self, streams: Tensor, run: Pass) -> Tensor:
+        """``forward`` that keeps nothing but its input, and is done again for the gradient."""
+
+        def once(streams: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
+            # what a pass collects is returned, so that doing it again leaves no trace
+            balance: list[tuple[Tensor, Tensor]] = []
+            index_losses: list[Tensor] | None = None if run.index_losses is None else []
+            part = replace(run, again=False, balance=balance, index_losses=index_losses)
+            return self(streams, part, None), balance, index_losses or []
+
+        out: Tensor
+        out, balance, index_losses = checkpoint(
+            once, streams, use_reentrant=False, preserve_rng_state=False
+        )
+        if run.balance is not None:
+            run.balance += balance
+        if run.index_losses is not None:
+            run.index_losses += index_losses
+        return out
 
 
 class Head(nn.Module):

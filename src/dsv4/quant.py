@@ -115,10 +115,11 @@ def hadamard(x: Tensor) -> Tensor:
 
 @functools.cache
 def _hadamard_matrix(n: int) -> Tensor:
-    h = torch.ones(1, 1)
-    while h.shape[0] < n:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
-    return h / math.sqrt(n)
+    with torch.inference_mode(False):  # one that was made in inference cannot be trained with
+        h = torch.ones(1, 1)
+        while h.shape[0] < n:
+            h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
+        return h / math.sqrt(n)
 
 
 # ---------------------------------------------------------------- weights

@@ -299,6 +299,98 @@ def index_topk(
     return torch.cat(picked, 1)
 
 
+def index_loss(
+    q: Tensor,
+    keys: Tensor,
+    weights: Tensor,
+    queries: Tensor,
+    window: Tensor,
+    rows: Tensor,
+    chosen: Tensor | None,
+    sink: Tensor,
+    *,
+    ratio: int,
+    width: int,
+    scale: float,
+) -> Tensor:
+    """How far the indexer is from the attention it chooses for, in nats of each query ``[B, T]``.
+
+    KL(p || softmax(index scores)), where p is the attention of all heads on each visible
+    compressed row, summed and normalised to 1; where ``chosen`` is given, both over the chosen
+    rows. 0 for a query that sees no row. ``q``, ``keys``, ``weights`` are the indexer's, as for
+    ``index_scores``, and get a gradient; the rest is as in ``attention`` from position 0, and
+    gets none. Source: the V3.2 report's warm-up and sparse training of its indexer.
+    """
+    losses = []
+    for a in range(0, q.shape[1], QUERY_BLOCK):
+        block = slice(a, a + QUERY_BLOCK)
+        n = q[:, block].shape[1]
+        count = (a + n) // ratio
+        hidden = _hidden_rows(None if chosen is None else chosen[:, block], a, n, ratio, count, q)
+        with torch.no_grad():
+            p = _row_attention(
+                queries[:, block], window[:, max(0, a - width + 1) : a + n], rows[:, :count],
+                hidden, sink, width, scale,
+            )
+        losses.append(
+            _IndexLoss.apply(q[:, block], keys[:, :count], weights[:, block], p, hidden)  # type: ignore[no-untyped-call]
+        )
+    return torch.cat(losses, 1)
+
+
+class _IndexLoss(torch.autograd.Function):
+    """KL ``[B, n]`` of ``softmax(index_scores(q, keys, weights))`` to the distributions
+    ``p [B, n, S]``, 0 where ``hidden``; memory of one matrix ``[B, n, H, S]`` at a time."""
+
+    @staticmethod
+    def forward(ctx, q, keys, weights, p, hidden):  # type: ignore[no-untyped-def]
+        scores = _IndexLoss._hits(q, keys).mul_(wide(weights).unsqueeze(-1)).sum(2)
+        log_q = scores.masked_fill_(hidden, -1e30).log_softmax(-1)
+        ctx.save_for_backward(q, keys, weights, p, log_q)
+        return (torch.xlogy(p, p) - p * log_q).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, keys, weights, p, log_q = ctx.saved_tensors
+        by_score = ((log_q.exp() * p.sum(-1, keepdim=True) - p) * grad.unsqueeze(-1)).unsqueeze(2)
+        hits = _IndexLoss._hits(q, keys)
+        by_weight = (hits * by_score).sum(-1)
+        by_dot = ((hits > 0) * by_score * wide(weights).unsqueeze(-1)).to(q.dtype).flatten(1, 2)
+        by_q = (by_dot @ keys).view(q.shape)
+        by_key = by_dot.transpose(1, 2) @ q.flatten(1, 2)
+        return by_q, by_key, by_weight.to(weights.dtype), None, None
+
+    @staticmethod
+    def _hits(q: Tensor, keys: Tensor) -> Tensor:
+        """``relu(q_h . k)``: ``[B, n, H, S]``."""
+        dots = q.flatten(1, 2) @ keys.transpose(1, 2)
+        return wide(dots.view(*q.shape[:3], -1)).relu_()
+
+
+def _row_attention(
+    q: Tensor,
+    near: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    sink: Tensor,
+    width: int,
+    scale: float,
+) -> Tensor:
+    """The attention ``[B, n, R]`` of all heads on each of ``rows``, summed, then normalised to 1.
+
+    ``near [B, S, D]`` ends with the entries of the queries themselves; ``hidden`` as for ``rows``.
+    """
+    b, n, heads, _ = q.shape
+    keys = torch.cat((near, rows), 1).to(q.dtype)
+    outside = _outside_window(n, near.shape[1], near.shape[1] - n, width, q.device)
+    outside = outside.expand(*hidden.shape[:-1], -1)
+    scores = wide((q.flatten(1, 2) @ keys.transpose(1, 2)).view(b, n, heads, -1)) * scale
+    scores = scores.masked_fill_(torch.cat((outside, hidden), -1).unsqueeze(-2), -torch.inf)
+    logits = wide(sink).unsqueeze(1).expand(b, n, -1, 1)
+    p = torch.cat((scores, logits), -1).softmax(-1)[..., near.shape[1] : -1].sum(2)
+    return p / p.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -338,8 +430,7 @@ def attention(
             if chosen is None or count <= chosen.shape[2]:
                 far = rows[:, :count]
                 if n > 1:
-                    seen = visible_rows(start + a, n, ratio, q.device)
-                    mask = torch.arange(count, device=q.device) >= seen[:, None]
+                    mask = _hidden_rows(None, start + a, n, ratio, count, q)
             elif n == 1 and q.shape[0] == 1:
                 far = rows[:, chosen[0, a]]  # more rows than k, so none is missing
             elif sparse:
@@ -348,9 +439,7 @@ def attention(
                 continue
             else:
                 far = rows[:, :count]
-                pick = chosen[:, a : a + n]
-                mask = torch.ones(*pick.shape[:2], count + 1, dtype=torch.bool, device=q.device)
-                mask = mask.scatter_(2, pick.where(pick >= 0, count), False)[..., :count]
+                mask = _hidden_rows(chosen[:, a : a + n], start + a, n, ratio, count, q)
         hidden = None
         if n > 1:
             hidden = _outside_window(n, near.shape[1], a + earlier - first, width, q.device)
@@ -362,6 +451,18 @@ def attention(
             keys = near
         out.append(_softmax_attention(qs, keys, hidden, sink, scale, dtype))
     return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def _hidden_rows(
+    chosen: Tensor | None, start: int, queries: int, ratio: int, count: int, like: Tensor
+) -> Tensor:
+    """``[queries, count]``, or ``[B, queries, count]`` of ``chosen``: True where the query at
+    ``start + i`` does not attend to compressed row j."""
+    if chosen is None:
+        seen = visible_rows(start, queries, ratio, like.device)
+        return torch.arange(count, device=like.device) >= seen[:, None]
+    mask = torch.ones(*chosen.shape[:2], count + 1, dtype=torch.bool, device=like.device)
+    return mask.scatter_(2, chosen.where(chosen >= 0, count), False)[..., :count]
 
 
 def _outside_window(
