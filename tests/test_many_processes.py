@@ -18,9 +18,9 @@ vocab_documents = 50
 lr = 1e-3
 log_every = 1
 checkpoint_every = 1000
-tokens_per_batch = 384
+tokens_per_batch = 512
 length = 96
-shares = {{ number_facts = 1, arithmetic = 1 }}
+shares = {{ number_facts = 1 }}
 [model]
 vocab_size = 384
 hidden_size = 128

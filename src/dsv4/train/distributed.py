@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -228,8 +228,8 @@ class DividedMoE(MoE):
         self.limit, self.gate, self.shared_experts = whole.limit, whole.gate, whole.shared_experts
         self.group, self.n = group, group.size()
         mine = range(group.rank(), len(whole.experts), self.n)
-        self.held = nn.ModuleDict({str(i): whole.experts[i] for i in mine})
-        self.experts = self.held  # type: ignore[assignment]
+        held = nn.ModuleDict({str(i): whole.experts[i] for i in mine})  # names stay as they are
+        self.experts = cast(nn.ModuleList, held)
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         flat = x.flatten(0, 1)
@@ -245,7 +245,7 @@ class DividedMoE(MoE):
         experts = route.travel((ids // self.n).flatten()[order])
         if len(theirs):
             w1, w2, w3 = (
-                [getattr(expert, name).stored(run.nx) for expert in self.held.values()]
+                [getattr(expert, name).stored(run.nx) for expert in self.experts.children()]
                 for name in ("w1", "w2", "w3")
             )
             done = kernels.routed_experts(

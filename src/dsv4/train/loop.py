@@ -69,8 +69,9 @@ class Run:
         self.net = Transformer(self.config)
         self.net.init_weights(r.seed, r.init_std or None)
         settings = OptimSettings(
-            r.weight_decay, r.momentum, r.update_rms, (r.beta1, r.beta2), r.eps
-        )
+            r.weight_decay, r.momentum, r.update_rms, (r.beta1, r.beta2), r.eps,
+            dtype=DTYPES[r.dtype],
+        )  # fmt: skip
         self.ranks.divide(self.net)
         owned = self.ranks.owned(self.net)
         self.optim = MuonAdamW(self.net.named_parameters(), settings, owned.__contains__)

@@ -56,6 +56,7 @@ class OptimSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-20
     newton_schulz: tuple[Coefficients, ...] = STEPS
+    dtype: torch.dtype = torch.bfloat16  # of Newton-Schulz
 
 
 class MuonAdamW:
@@ -102,7 +103,8 @@ class MuonAdamW:
                 some = active[part : part + AT_ONCE]
                 updates = orthogonalize(
                     torch.stack([self._nesterov(name, g) for name, _, g in some]),
-                    steps=s.newton_schulz,
+                    s.dtype,
+                    s.newton_schulz,
                 ).mul_(scale)
                 for (name, p, _), update in zip(some, updates, strict=True):
                     p.mul_(1 - lr * s.weight_decay).sub_(update, alpha=lr)
