@@ -140,6 +140,10 @@ class Pass:
             return self.rotation(compressed, self.start, self.ids.shape[1])
         return self.rotation(compressed, 0, self.packing.longest)[self.packing.positions]
 
+    def indexing(self) -> torch.set_grad_enabled:
+        """The context in which indexers work: without a gradient unless they have a loss."""
+        return torch.set_grad_enabled(self.index_losses is not None and torch.is_grad_enabled())
+
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, past and new."""
@@ -381,7 +385,8 @@ class Attention(nn.Module):
         if self.compressor is not None:
             tokens += self.compressor.project(x, nx)
         if self.indexer is not None and not (run.dense and run.index_losses is None):
-            tokens += self.indexer.project(x, latent_r, run)
+            with run.indexing():
+                tokens += self.indexer.project(x, latent_r, run)
         if run.packing is None:
             out, *losses = self.attend(tokens, run, state)
         else:
@@ -411,7 +416,8 @@ class Attention(nn.Module):
         if self.compressor is not None:
             rows = self.compressor(*projected[:2], run, state)
         if self.indexer is not None and rows is not None and len(projected) > 2:
-            keys = self.indexer.compressor(*projected[2:4], run, state)
+            with run.indexing():
+                keys = self.indexer.compressor(*projected[2:4], run, state)
             chosen = self.indexer.choose(keys, projected[4:], run)
             if run.index_losses is not None:
                 index_q, weights = projected[4:]

@@ -246,7 +246,7 @@ def _balance(scores: Tensor, chosen: Tensor, sample: Tensor) -> Tensor:
     """
     experts, count = scores.shape[1], int(sample.max()) + 1
     cells = (sample.unsqueeze(1) * experts + chosen).flatten()
-    taken = torch.bincount(cells, minlength=count * experts).view(count, experts)
-    share = (taken * (experts / taken.sum(1, keepdim=True).clamp_min(1)))[sample]
+    taken = torch.bincount(cells, minlength=count * experts).view(count, experts).to(scores)
+    share = (taken * experts / taken.sum(1, keepdim=True).clamp_min(1))[sample]
     wanted = scores / scores.sum(-1, keepdim=True)
     return (wanted * share).sum() / len(sample)
