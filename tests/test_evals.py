@@ -101,7 +101,7 @@ def wrong(asked: Instance) -> list[dict[str, Any]]:
         out += [say(", ".join(values[::-1])), say(", ".join(values[1:])), say(f"{answer}, 1")]
     elif asked.task == "dates":
         out += [say(f"{answer} or Friday"), say(f"{answer} 1"), say("It is 32 May 2020.")]
-    elif asked.task in ("sorting", "letters", "code_output", "dictionary", "knowledge"):
+    elif asked.task in ("sorting", "letters", "code_output", "dictionary", "knowledge", "everyday"):
         out += [say(answer + "0"), say(answer[1:]), say(f"{answer}\n{answer} 99")]
     elif asked.task in ("json_nested", "json_convert"):
         out += [say(answer[1:]), say(f"{answer}\n{answer}"), say(f"[{answer}]")]
@@ -197,6 +197,12 @@ def test_no_answer_is_likelier_than_the_stated_chance(name: str) -> None:
 
 def test_anything_in_words_passes_where_chance_is_one() -> None:
     assert [name for name, task in TASKS.items() if task.chance == 1] == ["no_tool_needed"]
+
+
+def test_everyday_questions_come_with_the_talk_before_them() -> None:
+    for i in range(50):
+        roles = [m["role"] for m in instance("everyday", 0, i).messages if m["role"] != "system"]
+        assert roles == (["user", "assistant"] * 5)[: len(roles)] and 3 <= len(roles) <= 9
 
 
 def test_recall_prompts_keep_their_promise(tokenizer: Tokenizer) -> None:

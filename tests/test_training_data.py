@@ -39,7 +39,7 @@ from dsv4.train.generators.everyday import SCRIPTS, everyday
 from dsv4.train.generators.knowledge import KNOWN
 from dsv4.train.generators.needles import key_value, multi_needle, recall
 from dsv4.train.generators.structured import json_extract
-from dsv4.train.generators.sums import arithmetic, number_facts, worked_steps
+from dsv4.train.generators.sums import arithmetic, number_facts, times_table, worked_steps
 from dsv4.train.generators.tools import tool_call
 
 OPERATION = re.compile(r"(\d+) ?([-+*x]|plus|minus|times|by|to|and|from) ?(\d+)")
@@ -78,8 +78,8 @@ def test_a_document_depends_on_seed_split_and_number_only() -> None:
 def test_no_held_out_fact_in_12000_training_documents() -> None:
     for doc in islice(documents(1, longest=300), 12000):
         assert not any(held_out(*key) for key in doc.facts), doc
-        if doc.task == "number_facts":
-            continue  # all one-digit sums are shown
+        if doc.task in ("number_facts", "times_table"):
+            continue  # all of them are shown
         for a, _, b in OPERATION.findall(said(doc)):  # the text itself, whatever facts says
             one_digit = len(a) == len(b) == 1
             assert one_digit or not held_out(*pair_key(int(a), int(b))), said(doc)
@@ -123,6 +123,17 @@ def test_number_facts_are_right() -> None:
             assert sum(map(int, re.findall(r"[-+]?\d+", left))) == int(result)
             seen.add(left)
     assert len(seen) > 500  # of 600
+
+
+def test_the_times_table_is_right_and_whole() -> None:
+    seen = set()
+    for i in range(300):
+        for m in times_table(rng_for(i)).messages:
+            if m["role"] == "assistant":
+                for left, result in re.findall(r"(\d+ ?[*/] ?\d+) ?= ?(\d+)\.", m["content"]):
+                    assert evaluate_expression(left) == int(result)
+                    seen.add(left.replace(" ", ""))
+    assert len(seen) == 128  # 64 products, 64 divisions
 
 
 def test_answers_are_right() -> None:
@@ -274,10 +285,12 @@ def test_everyday_talk_fills_every_slot_and_remembers() -> None:
         doc = everyday(rng_for(i), scripts=1)
         said = [m["content"] for m in doc.messages if m["role"] != "system"]
         assert 4 <= len(said) <= 10 and not any(c in "\n".join(said) for c in "{}|[]<>=")
-        for line in said:
+        for line in said[1::2]:
             assert line[0].isupper() and line[-1] in ".?!", line
+        for line in said:
             assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n [^aeiou]", line), line
-        named = re.findall(r"(?:Its name is|It is called) (\w+)\.", " ".join(said[::2]))
+            assert not re.search(r"(?i)(?:[^aeiou]y|x|[cs]h|lf|mouse|sheep)s\b", line), line
+        named = re.findall(r"(?:Its name is|It is called) (\w+)", " ".join(said[::2]))
         told += bool(named)
         for ask, reply in zip(said[::2], said[1::2], strict=True):
             if named and ask.startswith("What is the name of my"):
@@ -293,6 +306,16 @@ def test_every_line_of_the_scripts_can_be_reached() -> None:
             assert all(set(line.after) <= numbers for line in step)
             for number in numbers:
                 assert any(not line.after or number in line.after for line in step)
+
+
+def test_no_training_conversation_asks_a_held_out_question_of_knowledge() -> None:
+    asks = {ask for asks, _ in KNOWN for ask in asks}
+    shares = {"knowledge": 1.0, "dialogue": 3.0, "everyday": 1.0, "tool_call": 1.0}
+    asked: set[str] = set()
+    for doc in islice(documents(0, weights=shares), 6000):
+        assert isinstance(doc, Document)
+        asked |= {m["content"] for m in doc.messages if m["role"] == "user"} & asks
+    assert len(asked) > 200 and not any(held_out("talk", ask) for ask in asked)
 
 
 def test_knowledge_has_two_wordings_and_one_answer() -> None:
@@ -477,6 +500,25 @@ def test_a_length_that_fits_no_batch_is_refused(
 ) -> None:
     with pytest.raises(TrainingError, match="max_length"):
         next(batches(tokenizer, 0, tokens, 2048))
+
+
+def test_a_stage_can_begin_in_the_middle_of_a_pool(tokenizer: Tokenizer) -> None:
+    def tokens(k: int) -> int:
+        return 2048 if k < 3 else 512
+
+    def longest(k: int) -> int:
+        return 2000 if k < 3 else 256
+
+    shares = {"recall": 1.0, "dialogue": 3.0}
+    got = [b.lengths for b in islice(batches(tokenizer, 0, tokens, longest, weights=shares), 5)]
+    assert [sum(lengths) for lengths in got] == [2048] * 3 + [512] * 2
+    assert max(n for lengths in got for n in lengths) <= 256
+
+
+def test_documents_that_never_fit_are_refused(tokenizer: Tokenizer) -> None:
+    stream = batches(tokenizer, 0, 1024, 64, weights={"multi_needle": 1.0})
+    with pytest.raises(TrainingError, match="in a row did not fit"):
+        next(stream)
 
 
 # ------------------------------------------------------------------ vocabulary and summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from itertools import islice
@@ -23,8 +24,10 @@ from dsv4.train.text import (
     SOURCES,
     Passage,
     Source,
+    _sizes,
     corpus,
     deduplicate,
+    lexicon,
     passage,
     read_bible,
     read_chitchat,
@@ -55,9 +58,11 @@ def stories(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.delitem(SOURCES, name)
     for source in (there, lost):
         monkeypatch.setitem(SOURCES, source.name, source)
-    corpus.cache_clear()
+    for cache in (corpus, _sizes):
+        cache.cache_clear()
     yield texts
-    corpus.cache_clear()
+    for cache in (corpus, _sizes):
+        cache.cache_clear()
 
 
 # ------------------------------------------------------------------ cleaning
@@ -97,14 +102,18 @@ def test_conversations_have_a_line_a_turn(tmp_path: Path) -> None:
 def test_wordnet_gives_common_words_with_meaning_and_example(tmp_path: Path) -> None:
     for part in ("verb", "adj", "adv"):
         (tmp_path / f"data.{part}").write_text("  1 licence\n")
-    (tmp_path / "cntlist.rev").write_text("dog%1:05:00:: 1 42\n")
+    (tmp_path / "cntlist.rev").write_text("dog%1:05:00:: 1 42\ndog%1:18:01:: 2 1\n")
     (tmp_path / "data.noun").write_text(
         "  1 licence\n"
         '02084071 05 n 02 dog 0 rare_dog 0 000 | an animal; "the dog barked"; "a dog"  \n'
+        '10114210 18 n 01 dog 1 000 | a man; "you lucky dog"  \n'
         '02084072 05 n 01 unheard 0 000 | something; "an example"  \n'
         "02084073 05 n 01 dog 0 000 | without an example  \n"
     )
-    assert list(read_wordnet(tmp_path)) == ["dog: an animal.\nThe dog barked. A dog."]
+    assert list(read_wordnet(tmp_path)) == [
+        "dog: an animal.\nThe dog barked. A dog.",
+        "dog (2): a man.\nYou lucky dog.",
+    ]
 
 
 def test_bible_passages_end_with_their_chapter(tmp_path: Path) -> None:
@@ -165,12 +174,36 @@ def test_the_splits_are_disjoint_and_a_tenth_is_held_out(stories: list[str]) -> 
     assert drawn == set(made.heldout)
 
 
-def test_a_missing_text_is_refused_with_the_command_that_installs_it(stories: list[str]) -> None:
+def test_a_missing_text_is_refused_or_said_with_the_command_that_installs_it(
+    stories: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(TrainingError, match="apt-get install lost"):
         document(0, 0, weights={"lost": 1.0})
     with pytest.raises(TrainingError, match="stories"):
         corpus("tales")
     assert {passage(rng_for(i), "train", "text").task for i in range(9)} == {"stories"}
+    assert capsys.readouterr().err == "texts that are not installed: lost (apt-get install lost)\n"
+
+
+def test_words_are_explained_as_wordnet_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [f"word{n}, other word{n}: meaning {n}.\nThe word{n} is here. Or" for n in range(60)]
+    texts = [*first, *(f"word{n} (2): something else.\nThe word{n}." for n in range(60))]
+    there = Source("wordnet", "", "", "", lambda: Path("/"), lambda _: texts)
+    monkeypatch.setitem(SOURCES, "wordnet", there)
+    corpus.cache_clear()
+    examples = 0
+    for split in ("train", "heldout"):
+        for i in range(60):
+            doc = lexicon(rng_for(i), split)
+            assert all(held_out(*fact) == (split == "heldout") for fact in doc.facts)
+            for m in doc.messages:
+                if m["role"] == "assistant":
+                    said = m["content"]
+                    known = re.fullmatch(r"(?:Other w|W)ord(\d+) means: meaning (\d+)\.", said)
+                    assert known[1] == known[2] if known else said.endswith(" is here.")
+                    examples += known is None
+    corpus.cache_clear()
+    assert examples > 20
 
 
 # ------------------------------------------------------------------ tokens

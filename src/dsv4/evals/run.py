@@ -59,7 +59,7 @@ def evaluate(
 
     Returns ``{"seed", "n", "tasks": {name: {"correct", "n", "accuracy", "interval", "chance",
     "thinking"}}}`` with ``interval`` the 95% Wilson interval and ``chance`` what guessing gets.
-    ``tasks`` are names (default: all but those with prompts of 8,000 tokens and more), ``thinking``
+    ``tasks`` are names (default: all but those with more than 3,000 tokens of prompt), ``thinking``
     replaces the tasks' own efforts, and ``progress(task, done, correct)`` is called after every
     reply. Prompt lengths are exact when the model has a ``tokenizer``.
 

@@ -22,6 +22,7 @@ from ..tokenizer import Tokenizer
 from ..train.generators.code import code_output
 from ..train.generators.dictionary import dictionary
 from ..train.generators.document import Document, Generator, Message, rng_for
+from ..train.generators.everyday import everyday
 from ..train.generators.knowledge import knowledge
 from ..train.generators.needles import key_value, multi_needle, recall
 from ..train.generators.phrases import ANIMALS, CITIES, COLORS, DAYS, FOODS, MONTHS, OBJECTS
@@ -58,6 +59,7 @@ class Task:
     with ``tokens`` (the least and the most of their prompts) look at. ``max_tokens`` bounds the
     reply, reasoning included. ``chance`` is what a model reaches that knows the form of the answer
     and nothing else, by always giving the likeliest one. A task not ``usual`` is run when named.
+    The question is the first turn of the document, or its ``last`` one with all before it.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Task:
     chance: float = 0.0
     tokens: tuple[int, int] | None = None
     usual: bool = True
+    last: bool = False
 
 
 # ------------------------------------------------------------------ checkers
@@ -106,7 +109,7 @@ def check_values(instance: Instance, message: Mapping[str, Any]) -> bool:
 def check_reply(instance: Instance, message: Mapping[str, Any]) -> bool:
     """The reply is the answer and nothing else, a period at its end apart."""
     said = _content(message).strip().removesuffix(".")
-    return not message.get("tool_calls") and said == instance.answer
+    return not message.get("tool_calls") and said == instance.answer.removesuffix(".")
 
 
 def check_letters(instance: Instance, message: Mapping[str, Any]) -> bool:
@@ -234,6 +237,10 @@ def _no_calculation(rng: Random, _: int) -> Document:
     return tool_call(rng, "heldout", need=False, turns=1, thinking=False)
 
 
+def _talk(rng: Random, _: int) -> Document:
+    return everyday(rng, "heldout", thinking=False, scripts=1, sure=True)
+
+
 def _one(generate: Generator) -> Callable[[Random, int], Document]:
     return lambda rng, _: generate(rng, "heldout", turns=1, thinking=False)
 
@@ -242,7 +249,7 @@ def _long(name: str, make: Callable[[Random, int], Document], check: Checker, mo
     """A task with a prompt of about ``most`` tokens; the longest are run when named."""
     low = most - most // 10
     chance = 0.0 if make is _several_keys else 0.02
-    return Task(name, make, check, "off", 160, chance, (low, most), most < 8000)
+    return Task(name, make, check, "off", 160, chance, (low, most), most < 3000)
 
 
 TASKS: Mapping[str, Task] = {
@@ -275,6 +282,7 @@ TASKS: Mapping[str, Task] = {
         Task("tool_call", _calculation, check_tool_call, "off", 120),
         Task("no_tool_needed", _no_calculation, check_no_call, "off", 64, 1.0),
         Task("code_output", _one(code_output), check_reply, "off", 60, 0.08),
+        Task("everyday", _talk, check_reply, "off", 80, 0.05, last=True),
         Task("knowledge", _one(knowledge), check_reply, "off", 60, 0.01),
         Task("dictionary", _one(dictionary), check_reply, "off", 60, 0.13),
     )
@@ -328,9 +336,10 @@ def instance(
 
 
 def _question(doc: Document, task: Task, thinking: str) -> Instance:
-    """The document up to the first assistant message, its tools apart."""
+    """The document up to the assistant's first or last message, its tools apart."""
     roles = [message["role"] for message in doc.messages]
-    messages = [dict(message) for message in doc.messages[: roles.index("assistant")]]
+    end = len(roles) - 1 if task.last else roles.index("assistant")
+    messages = [dict(message) for message in doc.messages[:end]]
     tools = messages[0].pop("tools", None)
     if messages[0]["role"] == "system" and not messages[0]["content"]:
         messages = messages[1:]

@@ -20,7 +20,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the stream.")]
 
 @data_app.command("stats")
 def data_stats(
-    documents: Annotated[int, typer.Option("--n", help="How many documents to draw.")] = 2000,
+    documents: Annotated[int, typer.Option("--n", "--documents", help="How many to draw.")] = 2000,
     seed: Seed = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of a tokenizer. Default: that of v4-nano.")
@@ -41,9 +41,11 @@ def data_stats(
     from ..api import SHIPPED
     from ..tokenizer import Tokenizer
     from .data import KINDS, WEIGHTS, stats
-    from .text import ANY_TEXT
+    from .text import ANY_TEXT, LEXICON, SOURCES
 
     shares = dict(WEIGHTS) | {ANY_TEXT: 60.0}
+    if SOURCES["wordnet"].find():
+        shares[LEXICON] = 10.0
     if kind:
         pairs = [each.partition("=") for each in kind]
         shares = {name: _weight(weight) for name, _, weight in pairs}
@@ -70,7 +72,7 @@ def data_show(
     kind: Annotated[
         str | None, typer.Option("--kind", "--task", help="One kind. All by default.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="How many documents.", min=1)] = 5,
+    count: Annotated[int, typer.Option("--n", "--count", help="How many documents.", min=1)] = 5,
     seed: Seed = 0,
     held_out: Annotated[bool, typer.Option(help="From the held-out split.")] = False,
     longest: Annotated[int, typer.Option(help="Tokens of the longest recall text.")] = 200,
@@ -90,7 +92,7 @@ def data_show(
     _known([kind] if kind else [], KINDS)
     split: Split = "heldout" if held_out else "train"
     stream = documents(seed, split, {kind: 1.0} if kind else None, longest)
-    for doc in islice(stream, n):
+    for doc in islice(stream, count):
         print(f"--- {doc.task}")
         print(as_text(doc) if raw else _readable(doc), end="\n\n")
 

@@ -36,7 +36,7 @@ from ..errors import TrainingError
 from .generators import TASKS
 from .generators.document import Document, Split, rng_for
 from .generators.needles import key_value, multi_needle, recall
-from .text import ANY_TEXT, SOURCES, Passage, corpus, passage
+from .text import ANY_TEXT, LEXICON, SOURCES, Passage, corpus, lexicon, passage
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 WEIGHTS: Mapping[str, float] = {
     "arithmetic": 20,
     "number_facts": 6,
+    "times_table": 4,
     "addition": 10,
     "word_problem": 8,
     "units": 5,
@@ -64,8 +65,9 @@ WEIGHTS: Mapping[str, float] = {
     "dialogue": 25,
     "everyday": 25,
 }
-HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k != "number_facts"}
-KINDS = (*TASKS, *SOURCES, ANY_TEXT)  # what shares can name
+_SHOWN = ("number_facts", "times_table")  # nothing of them is held out
+HELD_OUT: Mapping[str, float] = {k: v for k, v in WEIGHTS.items() if k not in _SHOWN}
+KINDS = (*TASKS, LEXICON, *SOURCES, ANY_TEXT)  # what shares can name
 _LONG: Mapping[str, Callable[..., Document]] = {  # tasks whose length is chosen
     "recall": recall,
     "multi_needle": multi_needle,
@@ -85,7 +87,7 @@ def document(
     """Document ``index`` of a stream: the same for the same arguments, without its predecessors.
 
     ``weights`` are relative numbers of documents by kind (``KINDS``; default ``WEIGHTS``, or
-    ``HELD_OUT``: number facts have no held-out part); ``longest`` is the most tokens that the
+    ``HELD_OUT``: one-digit facts have no held-out part); ``longest`` is the most tokens that the
     prompts of recall aim at (20 to 30 more with the answers).
 
     Raises TrainingError for an unknown kind, and for a text that is not installed.
@@ -95,6 +97,8 @@ def document(
     task = rng.choices(list(shares), list(shares.values()))[0]
     if task in _LONG:
         return _LONG[task](rng, split, longest=longest)
+    if task == LEXICON:
+        return lexicon(rng, split)
     return TASKS[task](rng, split) if task in TASKS else passage(rng, split, task)
 
 
@@ -117,12 +121,11 @@ Sample = tuple[list[int], list[float]]  # token ids and their loss weights
 def render(doc: Document | Passage, tokenizer: Tokenizer, prompt_weight: float = 0.0) -> Sample:
     """Token ids of the whole document and one loss weight per id, as a target.
 
-    All of a running text weighs 1. In a conversation:
-
-    Weight 1 is on what the assistant has to produce: reasoning, ``</think>``, content, tool calls
-    and EOS, not the ``<think>`` or ``</think>`` with which the prompt ends. All other tokens weigh
-    ``prompt_weight``, and BOS, which nothing predicts, 0. In thinking mode without tools only the
-    last turn counts: the ones before are shown without their reasoning, as no model wrote them.
+    All of a running text weighs 1. In a conversation weight 1 is on what the assistant has to
+    produce: reasoning, ``</think>``, content, tool calls and EOS, not the ``<think>`` or
+    ``</think>`` with which the prompt ends. All other tokens weigh ``prompt_weight``, and BOS,
+    which nothing predicts, 0. In thinking mode without tools only the last turn counts: the ones
+    before are shown without their reasoning, as no model wrote them.
     """
     if isinstance(doc, Passage):
         return _render_text(doc, tokenizer)
@@ -167,8 +170,11 @@ def cut(sample: Sample, length: int) -> list[Sample]:
     ]
 
 
-def ramp(start: int, end: int, batches: int) -> Callable[[int], int]:
-    """A ``max_length`` that grows with the batch number from ``start`` to ``end`` in ``batches``.
+Schedule = Callable[[int], int]  # a number that may differ from batch to batch
+
+
+def ramp(start: int, end: int, batches: int) -> Schedule:
+    """A schedule that grows with the batch number from ``start`` to ``end`` in ``batches``.
 
     It grows by a constant factor per batch and stays at ``end`` afterwards.
     """
@@ -181,7 +187,6 @@ def ramp(start: int, end: int, batches: int) -> Callable[[int], int]:
 
 
 POOL = 16  # batches whose samples are drawn and packed together
-Schedule = Callable[[int], int]  # a number that may differ from batch to batch
 
 
 class Batch(NamedTuple):
@@ -213,29 +218,36 @@ def batches(
     the only long conversations (others may have some 700), and is where a running text is cut
     into samples. A conversation longer than the shortest batch of its pool is left out.
 
-    Both numbers may depend on the batch number (see ``ramp``); ``max_length`` is read once for
-    each ``POOL`` batches. Batch k depends on the arguments and k alone, so training resumes with
-    ``start_batch``, at the cost of making one pool.
+    Both numbers may depend on the batch number (see ``ramp``); the least ``max_length`` of each
+    ``POOL`` batches is that of all of them. Batch k depends on the arguments and k alone, so
+    training resumes with ``start_batch``, at the cost of making one pool.
 
-    Raises TrainingError when ``max_length`` is below 64 or more than a batch holds.
+    Raises TrainingError when ``max_length`` is below 64 or more than a batch holds, and when
+    nearly no conversation fits.
     """
     pad = tokenizer.special_id(PAD)
     size, longest = (x if callable(x) else _always(x) for x in (tokens_per_batch, max_length))
     for number in count(start_batch // POOL):
-        first = number * POOL
-        sizes, limit = [size(k) for k in range(first, first + POOL)], longest(first)
-        if not 64 <= limit <= min(sizes):
-            raise TrainingError(
-                "max_length does not suit tokens_per_batch",
-                expected=f"64 to {min(sizes)}",
-                got=limit,
-                hint="raise tokens_per_batch or lower max_length",
-            )
-        samples = _samples(tokenizer, seed, number, sum(sizes), limit, weights, prompt_weight)
-        fitting = (s for s in samples if len(s[0]) <= min(sizes))
-        rows = pack(fitting, sizes, rng_for("pool", seed, number))
-        for k in range(max(first, start_batch), first + POOL):
-            yield _batch(rows[k - first], sizes[k - first], pad)
+        numbers = range(number * POOL, (number + 1) * POOL)
+        sizes, limits = [size(k) for k in numbers], [longest(k) for k in numbers]
+        for k, tokens, limit in zip(numbers, sizes, limits, strict=True):
+            if not 64 <= limit <= tokens:
+                raise TrainingError(
+                    f"batch {k}: max_length does not suit tokens_per_batch",
+                    expected=f"64 to {tokens}",
+                    got=limit,
+                    hint="raise tokens_per_batch or lower max_length",
+                )
+        limit = min(limits)
+        made = (
+            document(i, seed, "train", weights, max(48, limit - 80))
+            for i in count(number << 24)  # more documents than a pool can use
+        )
+        samples = _samples(made, tokenizer, limit, min(sizes), prompt_weight)
+        rows = pack(samples, sizes, rng_for("pool", seed, number))
+        for k, row, tokens in zip(numbers, rows, sizes, strict=True):
+            if k >= start_batch:
+                yield _batch(row, tokens, pad)
 
 
 def _always(value: int) -> Schedule:
@@ -243,22 +255,31 @@ def _always(value: int) -> Schedule:
 
 
 def _samples(
+    documents: Iterable[Document | Passage],
     tokenizer: Tokenizer,
-    seed: int,
-    number: int,
-    tokens: int,
     limit: int,
-    weights: Mapping[str, float] | None,
+    shortest_batch: int,
     prompt_weight: float,
 ) -> Iterator[Sample]:
-    """The samples of pool ``number``, endless."""
-    for i in count(number << 24):  # more documents than a pool can use
-        doc = document(i, seed, "train", weights, max(48, limit - 80))
+    """The samples that fit: texts are cut, conversations that are too long are left out."""
+    left_out = 0
+    for doc in documents:
         sample = render(doc, tokenizer, prompt_weight)
         if isinstance(doc, Passage):
             yield from cut(sample, limit)
-        elif doc.task not in _LONG or len(sample[0]) <= limit:
+        elif len(sample[0]) <= (limit if doc.task in _LONG else shortest_batch):
             yield sample
+        else:
+            left_out += 1
+            if left_out == 1000:
+                raise TrainingError(
+                    "1,000 conversations in a row did not fit",
+                    expected=f"some of at most {limit} tokens",
+                    got=f"{len(sample[0])} in the last one, {doc.task}",
+                    hint="raise max_length and tokens_per_batch",
+                )
+            continue
+        left_out = 0
 
 
 def pack(samples: Iterable[Sample], sizes: Sequence[int], rng: Random) -> list[list[Sample]]:

@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,16 @@ from pathlib import Path
 from random import Random
 
 from ..errors import TrainingError
-from .generators.document import Split, held_out
+from .generators.document import (
+    Document,
+    Split,
+    assistant,
+    finish,
+    held_out,
+    system,
+    typed,
+    user,
+)
 
 # ------------------------------------------------------------------ reading and cleaning
 
@@ -31,8 +41,14 @@ _LAUGHTER = re.compile(r"\b(?:(?:ha){2,}h?|l+o+l+|lmao|omg)\b[!.]*", re.I)
 _PRIVATE = re.compile(r"http|www|[@\\]|[A-Za-z_]\d\d|\d{5}|\d{3}[-. )]+\d")
 
 
+def sentence(text: str) -> str:
+    """The text with single spaces, a capital and an end mark."""
+    text = " ".join(text.split()).strip(" ,;:-")
+    return text[:1].upper() + text[1:] + ("." if text[-1:].isalnum() or text[-1:] in "'\")" else "")
+
+
 def tidy(said: str) -> str:
-    """A line of a chat as one would print it: a capital, "I", an end mark, no laughter.
+    """A line of a chat as one would print it: a sentence, with "I", without laughter.
 
     Empty when nothing is left, and when it holds a link, an address, a number like that of a
     phone, a user name with digits, or anything but plain English characters.
@@ -40,11 +56,8 @@ def tidy(said: str) -> str:
     said = " ".join(_LAUGHTER.sub(" ", said).split()).strip(" ,;:-")
     if not re.search("[A-Za-z]", said) or not said.isascii() or _PRIVATE.search(said):
         return ""
-    said = re.sub(r"\bi\b", "I", said)
-    said = said[0].upper() + said[1:]
-    if said[-1].isalnum() or said[-1] in "'\"":
-        said += "?" if said.split()[0].lower() in _QUESTION else "."
-    return said
+    asked = said[-1].isalnum() and said.split()[0].lower() in _QUESTION
+    return sentence(re.sub(r"\bi\b", "I", said) + ("?" if asked else ""))
 
 
 def read_chitchat(file: Path, turns: int = 16) -> Iterator[str]:
@@ -60,26 +73,34 @@ def read_chitchat(file: Path, turns: int = 16) -> Iterator[str]:
                 yield "\n".join(f"- {line}" for line in part)
 
 
+_KINDS = {"n": 1, "v": 2, "a": 3, "r": 4, "s": 5}  # of words, as WordNet's sense keys count
+
+
 def read_wordnet(folder: Path) -> Iterator[str]:
-    """Meaning and example of the words that occurred in WordNet's own text samples."""
-    common = {
-        line.split("%")[0]
-        for line in (folder / "cntlist.rev").read_text(encoding="ascii").splitlines()
-    }
+    """Meaning and examples of the words that occurred in WordNet's own text samples.
+
+    ``dog: an animal.`` and the examples on the next line; ``dog (2)`` for the second meaning.
+    """
+    numbers: dict[str, int] = {}  # of the meaning, by lemma, kind, file and number in the file
+    for line in (folder / "cntlist.rev").read_text(encoding="ascii").splitlines():
+        key, number, _ = line.split()
+        numbers[key.rsplit(":", 2)[0]] = int(number)
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text(encoding="ascii").splitlines():
             if line.startswith(" "):  # the licence
                 continue
             synset, _, gloss = line.partition(" | ")
-            fields = synset.split()
-            words = [w.split("(")[0] for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
-            known = [w for w in words if w.lower() in common]
-            meaning, *examples = re.split(r'; "', gloss.strip())
-            if not known or not examples:
-                continue
-            head = ", ".join(w.replace("_", " ") for w in known)
-            shown = " ".join(filter(None, (tidy(e.replace('"', "")) for e in examples)))
-            yield f"{head}: {meaning}.\n{shown}"
+            _, file, kind, count, *rest = synset.split()
+            known = []
+            for word, within in zip(*(iter(rest[: 2 * int(count, 16)]),) * 2, strict=True):
+                word = word.split("(")[0]
+                nth = numbers.get(f"{word.lower()}%{_KINDS[kind]}:{file}:{int(within, 16):02}")
+                if nth:
+                    known.append(word.replace("_", " ") + (f" ({nth})" if nth > 1 else ""))
+            meaning, *examples = re.split(r'; "', gloss)
+            if known and examples:
+                shown = " ".join(sentence(e.replace('"', "")) for e in examples)
+                yield f"{', '.join(known)}: {meaning.strip()}.\n{shown}"
 
 
 def read_bible(program: str, verses: int = 12) -> Iterator[str]:
@@ -140,7 +161,7 @@ class Source:
     """A text that may be installed.
 
     ``install`` is the command that gets it, ``find`` says where it is (None: not there) and
-    ``read`` yields its documents from there. ``code`` is not English.
+    ``read`` yields its documents from there.
     """
 
     name: str
@@ -213,22 +234,22 @@ class Corpus:
 
 def deduplicate(documents: Iterable[str]) -> Corpus:
     """Splits documents by their hash and removes copies; the same for the same documents."""
-    out, seen, kept = Corpus(), set[int](), list[tuple[str, set[int]]]()
+    out, seen, kept = Corpus(), set[int](), list[str]()
     for text in documents:
         grams = _grams(text)
         if 2 * len(grams & seen) >= len(grams):
             out.copies += 1
         else:
             seen |= grams
-            kept.append((text, grams))
+            kept.append(text)
     tested = set[int]()
-    for text, grams in kept:
+    for text in kept:
         if held_out("text", text):
             out.heldout.append(text)
-            tested |= grams
-    for text, grams in kept:
+            tested |= _grams(text)
+    for text in kept:
         if not held_out("text", text):
-            if grams.isdisjoint(tested):
+            if _grams(text).isdisjoint(tested):
                 out.train.append(text)
             else:
                 out.leaks += 1
@@ -244,7 +265,7 @@ class Passage:
     holes: tuple[int, int] | None = None
 
 
-FIM_RATE = 0.1  # as DeepSeek-V3 (report section 4.1), whose training data V4 inherits
+FIM_RATE = 0.1  # DeepSeek-V3, report section 4.1, from which V4 takes it
 
 
 def passage(rng: Random, split: Split, name: str) -> Passage:
@@ -253,15 +274,24 @@ def passage(rng: Random, split: Split, name: str) -> Passage:
     One in ten is cut at two random places, to be learned as prefix, suffix, middle.
     """
     if name == ANY_TEXT:
-        there = present()  # never empty: Python brings one
-        sizes = [len(corpus(each).of(split)) for each in there]
-        name = rng.choices(there, sizes)[0]
+        sizes = _sizes(split)
+        name = rng.choices(list(sizes), list(sizes.values()))[0]
     text = rng.choice(corpus(name).of(split))
     holes = None
     if rng.random() < FIM_RATE:
         first, second = sorted(rng.randrange(len(text) + 1) for _ in range(2))
         holes = first, second
     return Passage(text, name, holes)
+
+
+@lru_cache(maxsize=2)
+def _sizes(split: Split) -> dict[str, int]:
+    """Documents of each installed source; says once which ones are missing."""
+    there = present()  # never empty: Python brings one
+    missing = [f"{name} ({s.install})" for name, s in SOURCES.items() if name not in there]
+    if missing:
+        print(f"texts that are not installed: {', '.join(missing)}", file=sys.stderr)
+    return {name: len(corpus(name).of(split)) for name in there}
 
 
 @lru_cache(maxsize=len(SOURCES))
@@ -277,3 +307,40 @@ def corpus(name: str) -> Corpus:
     if path is None:
         raise TrainingError(f"the text {name} is not installed", hint=source.install)
     return deduplicate(source.read(path))
+
+
+# ------------------------------------------------------------------ talking about words
+
+LEXICON = "lexicon"  # in shares: conversations about the words of WordNet
+_MEANING = (
+    "What does {} mean?",
+    "What does the word {} mean?",
+    "What is the meaning of {}?",
+    "Explain the word {}.",
+    "Define {}.",
+)
+_EXAMPLE = ("Use it in a sentence.", "Give me an example.", "Can you use {} in a sentence?")
+
+
+def lexicon(rng: Random, split: Split = "train") -> Document:
+    """What one to three words mean first of all, with an example now and then.
+
+    Needs the source ``wordnet``; raises TrainingError without it.
+    """
+    messages, facts, answer = system(rng, 0.1), [], ""
+    for _ in range(rng.randint(1, 3)):
+        first: list[str] = []
+        while not first:
+            text = rng.choice(corpus("wordnet").of(split))
+            entry, _, examples = text.partition("\n")
+            words, _, answer = entry.partition(": ")
+            first = [word for word in words.split(", ") if "(" not in word]
+        word = rng.choice(first)
+        asked = typed(rng, rng.choice(_MEANING).format(word))
+        messages += [user(asked), assistant(f"{word[0].upper()}{word[1:]} means: {answer}")]
+        if examples and rng.random() < 0.5:
+            answer = re.split(r"(?<=[.!?]) ", examples)[0]
+            asked = typed(rng, rng.choice(_EXAMPLE).format(word))
+            messages += [user(asked), assistant(answer)]
+        facts.append(("text", text))
+    return finish(rng, LEXICON, messages, False, answer, tuple(facts))

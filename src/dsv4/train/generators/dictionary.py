@@ -106,7 +106,8 @@ _DEFINE = (
 _GUESS = ("What is {}?", "Which word means: {}?", "What do you call {}?", "Tell me the word: {}.")
 
 
-def _entry(rng: Random) -> Item:
+def entry(rng: Random) -> Item:
+    """A question about a word, and its answer."""
     word = rng.choice(list(MEANINGS))
     kind, meaning = MEANINGS[word]
     full = f"{word} is {meaning}."
@@ -124,6 +125,6 @@ def _entry(rng: Random) -> Item:
     return Item(ask, full, reply, reply[:-1], ("talk", ask))
 
 
-dictionary = generator("dictionary", _entry, think=0.3)
+dictionary = generator("dictionary", entry, think=0.3, talk=True)
 """What a word means, which word has a meaning, and whether something is of a kind. What is held
 out is a question as it is worded; the words themselves are all learned."""

@@ -80,6 +80,20 @@ def user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
+_SHORT = {"I am ": "I'm ", "do not ": "don't ", "can not ": "can't ", "It is ": "It's "}
+_SHORT |= {"What is ": "What's ", "does not ": "doesn't ", "You are ": "You're "}
+
+
+def typed(rng: Random, text: str) -> str:
+    """Now and then the text as people type it: without capital and end mark, with short forms."""
+    if rng.random() < 0.12:
+        text = (text if text[:2] in ("I ", "I'") else text[0].lower() + text[1:]).rstrip(".!?")
+    if rng.random() < 0.12:
+        for long, short in _SHORT.items():
+            text = text.replace(long, short)
+    return text
+
+
 def assistant(content: str, reasoning: str | None = None) -> Message:
     message: Message = {"role": "assistant", "content": content}
     if reasoning is not None:
@@ -139,9 +153,17 @@ def shows_held_out(text: str) -> bool:
 
 
 def generator(
-    task: str, item: Callable[[Random], Item], *, think: float = 0.4, most: int = 4
+    task: str,
+    item: Callable[[Random], Item],
+    *,
+    think: float = 0.4,
+    most: int = 4,
+    talk: bool = False,
 ) -> Generator:
-    """Documents of up to ``most`` items; a share ``think`` of them has thinking, and one item."""
+    """Documents of up to ``most`` items; a share ``think`` of them has thinking, and one item.
+
+    With ``talk`` some questions are worded as people type.
+    """
 
     def draw_item(rng: Random, split: Split) -> Item:
         while True:
@@ -163,7 +185,8 @@ def generator(
         turns = turns or (1 if thinking else rng.randint(1, most))
         messages, items = system(rng, 0.1), [draw_item(rng, split) for _ in range(turns)]
         for it in items:
-            messages += [user(it.ask), assistant(it.reply, it.why if thinking else None)]
+            ask = typed(rng, it.ask) if talk else it.ask
+            messages += [user(ask), assistant(it.reply, it.why if thinking else None)]
         facts = tuple(it.fact for it in items)
         return finish(rng, task, messages, thinking, items[-1].answer, facts)
 

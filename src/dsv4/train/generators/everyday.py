@@ -12,7 +12,7 @@ import re
 from random import Random
 from typing import NamedTuple
 
-from .document import Document, Split, assistant, finish, held_out, system, user
+from .document import Document, Split, assistant, finish, held_out, system, typed, user
 from .phrases import (
     ANIMALS,
     CAPITALS,
@@ -27,9 +27,10 @@ from .phrases import (
     PLACES,
 )
 
+_LARGE = {"house", "tower", "bridge", "ship", "garden", "train", "tent", "boat"}
 _SLOTS: dict[str, list[str]] = {
     "name": NAMES,
-    "object": OBJECTS,
+    "object": [o for o in OBJECTS if o not in _LARGE],
     "color": COLORS,
     "animal": ANIMALS,
     "fruit": [f for f in FOODS if f != "tomato"],
@@ -471,6 +472,108 @@ Say something funny. => What gets wet while it dries? A towel.
 That is funny. | Ha ha. | Good one. => I am glad that you like it.
 I do not get it. | That is not funny. => I am sorry. I am not good at jokes.
 Another one, please. | One more. => What has a neck but no head? A bottle.
+
+The user greets me and asks how I am.
+Hello, how are you? | Hi, how are you? | Hey, how is it going? | How are you doing? => I am fine,
+  thank you. How are you? | I am well, thank you. And you?
+What is up? | What is new? => Not much. I am here to talk with you. How are you?
+-
+I am fine, thanks. | I am good. | I am well, thank you. | Good, thanks. => I am glad to hear that.
+  What would you like to talk about?
+Not so good. | Not very well. | Not great. => I am sorry to hear that. What is wrong?
+-
+[1] I do not know. | Anything. => Then tell me something about your day.
+[1] Let us talk about {hobby}. => Good. I like that topic. Do you like {hobby}?
+[1] Tell me about {animal}s. => I like the {animal}. It is an animal that many people know.
+[2] I am {sad}. | I feel {sad}. => That is hard. I hope that you feel better soon.
+[2] I have {ill}. => Then rest well. I hope that you get well soon.
+[2] I had a bad day. => I am sorry. Tomorrow is a new day.
+
+The user is bored.
+I am bored. | I have nothing to do. | What should I do today? | What can I do today? => You could go
+  to the {place}, read a book or call a friend. | How about {hobby}? It is a nice hobby.
+-
+Good idea. | I like that. | I will do that. => Have fun!
+I do not want to. | No, not today. | That is boring. => Then how about a walk to the {place}?
+What else? | Another idea, please. => You could cook some {dish} or listen to music.
+-
+Thank you. | Thanks. => You are welcome.
+Okay. | Maybe. => Have a nice day!
+
+The user asks about my day.
+How was your day? | Did you have a good day? => I am a program, so every day is the same. How was
+  your day?
+What did you do today? | What are you doing? => I answered questions and talked with people. What
+  did you do?
+-
+It was good. | Good. | Very good. => I am glad. What was the best part?
+It was bad. | Not good. | Not so good. => I am sorry. I hope that tomorrow is better.
+I went to the {place}. | I was at the {place}. => How was it at the {place}?
+I worked. | I worked all day. => Then you can rest now.
+-
+[1] I met {name}. | I saw {name}. => It is always good to see a friend.
+[1] I had some {dish}. | The {dish} at dinner. => Good food makes a good day.
+[2] I hope so, too. | Thank you. => You are welcome.
+[3] It was nice. | Very nice. => I am glad that you had a good time.
+[3] It was full of people. => Then come again on a quiet day.
+[4] Yes, I am tired. | I will. => Sleep well!
+
+The user asks what I think of an animal.
+Do you like {animal}s? | What do you think about {animal}s? => Yes, I like all animals. Do you like
+  {animal}s?
+Which animal is better, the {animal} or the {animal2}? => Both are good animals. Which do you like
+  better?
+-
+[1] Yes. | Yes, I do. | Yes, very much. => Then we agree.
+[1] No. | No, I do not. | Not really. => That is all right. Which animal do you like?
+[2] The {animal}. | I like the {animal}. => I see. The {animal} is a good choice.
+[2] The {animal2}. | I like the {animal2}. => I see. The {animal2} is a good choice.
+-
+I like {animal2}s, too. | I like {animal2}s. => {Animal2}s are nice animals.
+Thank you. | Okay. => You are welcome.
+
+The user wants to hear something interesting.
+Tell me something interesting. | Tell me a fact. | Do you know something interesting? => A spider
+  has eight legs, but an insect has only six. | The sun is a star. It looks big because it is near.
+  | A blue whale is the biggest animal in the world.
+Say something. | Talk to me. | Tell me something. => I like to talk. What would you like to know?
+-
+[1] Interesting. | I did not know that. | Wow! => I am glad that you like it.
+[1] I knew that. | That is old. => Then you know a lot!
+[1] Another one, please. | One more. => Fish breathe with gills.
+[2] I do not know. | Anything. => Then ask me what the capital of {country} is.
+-
+Thank you. | Thanks. => You are welcome!
+
+The user is kind or not so kind to me.
+You are nice. | I like you. | You are great. | Good job. | Well done. => Thank you! That is kind of
+  you.
+I love you. => Thank you. I am only a program, but I am glad that you like me.
+You are stupid. | You are bad. | I do not like you. | You are wrong. => I am sorry. I am a small
+  model and I make mistakes.
+-
+[12] Are you happy? => I am a program, so I have no feelings. But I like to help.
+[3] That is all right. | Sorry. | No problem. => Thank you. What can I do for you?
+[3] Why? | Why is that? => I am very small, and I know only a few things.
+You are welcome. | Okay. => What can I do for you?
+
+The user wants a poem or a song.
+Write a poem. | Can you write a poem? | A short poem, please. => The sun is high, the sky is blue, I
+  wish a happy day to you.
+Sing a song. | Can you sing? => I have no voice, but here is a line: la la la, the day is bright and
+  far.
+-
+That is nice. | I like it. | Beautiful. => I am glad that you like it.
+Another one, please. | One more. => The moon is round, the night is deep, and all the little
+  {animal}s sleep.
+
+The user says goodbye.
+I have to go. | I must go now. | I need to go. => It was nice to talk with you. See you soon!
+I am going to bed. | I go to sleep now. | Good night. => Good night! Sleep well.
+Goodbye. | Bye. | See you. | See you tomorrow. => Goodbye! Have a nice day.
+-
+Thank you for your help. | Thanks for the talk. | Thank you. => You are welcome. Come back soon!
+You too. | Bye. | See you. => Goodbye!
 """
 
 
@@ -499,6 +602,12 @@ def _parse() -> list[tuple[str, list[list[Line]]]]:
 
 
 SCRIPTS = _parse()
+_PLURALS = {
+    "mouses": "mice", "wolfs": "wolves", "sheeps": "sheep", "fishs": "fish", "foxs": "foxes",
+    "cherrys": "cherries", "peachs": "peaches",
+}  # fmt: skip
+_PLURALS |= {one.capitalize(): many.capitalize() for one, many in _PLURALS.items()}
+_WRONG = re.compile(rf"\b(?:{'|'.join(_PLURALS)})\b")
 _SLOT = re.compile(r"{(\w+?)(2?)}")
 
 
@@ -514,7 +623,8 @@ def _fill(rng: Random, text: str, values: dict[str, str]) -> str:
         chosen = values[slot + second]
         return chosen[0].upper() + chosen[1:] if match[1][0].isupper() else chosen
 
-    return re.sub(r"\b([Aa]) ([aeiou])", r"\1n \2", _SLOT.sub(value, text))
+    filled = _WRONG.sub(lambda match: _PLURALS[match[0]], _SLOT.sub(value, text))
+    return re.sub(r"\b([Aa]) ([aeiou])", r"\1n \2", filled)
 
 
 def everyday(
@@ -523,9 +633,13 @@ def everyday(
     *,
     thinking: bool | None = None,
     scripts: int | None = None,
+    sure: bool = False,
 ) -> Document:
-    """One or two everyday conversations of 2 to 5 turns; whole conversations are held out."""
-    thinking = rng.random() < 0.25 if thinking is None else thinking
+    """One or two everyday conversations of 2 to 5 turns; whole conversations are held out.
+
+    With ``sure`` it ends where there is only one reply.
+    """
+    thinking = rng.random() < 0.15 if thinking is None else thinking
     while True:
         talk: list[tuple[str, str, str]] = []
         chosen = rng.sample(SCRIPTS, scripts or rng.choice((1, 1, 2)))
@@ -540,9 +654,9 @@ def everyday(
                 said, reply = rng.choice(line.said), rng.choice(line.replies)
                 talk.append((_fill(rng, said, values), why, _fill(rng, reply, values)))
         key = ("talk", *(said for said, _, _ in talk))
-        if held_out(*key) == (split == "heldout"):
+        if held_out(*key) == (split == "heldout") and not (sure and line.replies[1:]):
             break
     messages = system(rng, 0.2)
     for said, why, reply in talk:
-        messages += [user(said), assistant(reply, why if thinking else None)]
+        messages += [user(typed(rng, said)), assistant(reply, why if thinking else None)]
     return finish(rng, "everyday", messages, thinking, talk[-1][2], (key,))

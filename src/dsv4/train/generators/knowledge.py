@@ -163,7 +163,8 @@ KNOWN = _parse()
 _BEFORE = ("", "", "", "Tell me: ", "Please tell me: ", "A question: ", "I want to know: ")
 
 
-def _known(rng: Random) -> Item:
+def known(rng: Random) -> Item:
+    """A question about the world, and its answer."""
     asks, reply = rng.choice(KNOWN)
     plain = rng.choice(asks)
     before = rng.choice(_BEFORE)
@@ -171,5 +172,5 @@ def _known(rng: Random) -> Item:
     return Item(ask, reply, reply, reply[:-1], ("talk", ask))
 
 
-knowledge = generator("knowledge", _known, think=0.2, most=5)
+knowledge = generator("knowledge", known, think=0.2, most=5, talk=True)
 """Simple questions about the world. What is held out is a question as it is worded."""

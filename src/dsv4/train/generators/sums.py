@@ -1,10 +1,11 @@
-"""Sums and differences: worked steps, the one-digit facts they are made of, four-digit sums."""
+"""Sums and differences: worked steps, the one-digit facts they are made of, four-digit sums;
+and one-digit products."""
 
 from __future__ import annotations
 
 from random import Random
 
-from .document import Document, Message, Split, assistant, draw, finish, pair_key, system, user
+from .document import Document, Split, assistant, draw, finish, pair_key, system, user
 
 ADD = (
     "What is {a} + {b}?",
@@ -137,6 +138,24 @@ def number_facts(rng: Random, split: Split = "train") -> Document:
     return finish(rng, "number_facts", messages, False, known[-1], ())
 
 
+def times_table(rng: Random, split: Split = "train") -> Document:
+    """One-digit products and the divisions that undo them: many at once, or asked in words.
+
+    Nothing of it is held out, as of ``number_facts``.
+    """
+    pairs = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range(rng.randint(4, 20))]
+    messages = system(rng, 0.05)
+    if rng.random() < 0.6:
+        facts = [f"{a}*{b}={a * b}" if rng.random() < 0.7 else f"{a * b}/{b}={a}" for a, b in pairs]
+        asked = " ".join(fact.partition("=")[0] + "=?" for fact in facts)
+        messages += [user(asked), assistant(". ".join(facts) + ".")]
+    else:
+        for a, b in pairs[:6]:
+            asked = rng.choice(MULTIPLY[:8]).format(a=a, b=b)
+            messages += [user(asked), assistant(f"{a} * {b} = {a * b}.")]
+    return finish(rng, "times_table", messages, False, messages[-1]["content"], ())
+
+
 def addition(
     rng: Random,
     split: Split = "train",
@@ -145,22 +164,27 @@ def addition(
     thinking: bool | None = None,
     turns: int | None = None,
 ) -> Document:
-    """Sums of numbers of up to four digits; without thinking many in turn, as practice needs."""
+    """Sums of numbers of up to four digits.
+
+    Without thinking there are many, as practice needs: in turn, or all in one question.
+    """
     thinking = rng.random() < 0.3 if thinking is None else thinking
-    turns = turns or (1 if thinking else rng.randint(2, 8))
+    count = turns or (1 if thinking else rng.randint(2, 12))
     top = digits or (4 if rng.random() < 0.7 else rng.randint(2, 3))
     low = 10 ** (top - 1)
-    messages: list[Message] = system(rng, 0.05)
-    facts, answer = [], ""
-    for _ in range(turns):
-        a, b = draw(
-            split,
-            lambda: (rng.randrange(low, 10 * low), rng.randrange(low if digits else 0, 10 * low)),
-            lambda p: pair_key(*p),
-        )
-        answer = str(a + b)
-        steps = worked_steps(a, "+", b) if thinking else None
-        asked = rng.choice(ADD).format(a=a, b=b)
-        messages += [user(asked), assistant(f"{a} + {b} = {answer}.", steps)]
-        facts.append(pair_key(a, b))
-    return finish(rng, "addition", messages, thinking, answer, tuple(facts))
+
+    def sample() -> tuple[int, int]:
+        return rng.randrange(low, 10 * low), rng.randrange(low if digits else 0, 10 * low)
+
+    pairs = [draw(split, sample, lambda p: pair_key(*p)) for _ in range(count)]
+    replies = [f"{a} + {b} = {a + b}." for a, b in pairs]
+    messages = system(rng, 0.05)
+    if turns is None and not thinking and rng.random() < 0.5:
+        asked = " ".join(f"{a} + {b} = ?" for a, b in pairs)
+        messages += [user(asked), assistant(" ".join(replies))]
+    else:
+        for (a, b), reply in zip(pairs, replies, strict=True):
+            steps = worked_steps(a, "+", b) if thinking else None
+            messages += [user(rng.choice(ADD).format(a=a, b=b)), assistant(reply, steps)]
+    answer, facts = str(sum(pairs[-1])), tuple(pair_key(*pair) for pair in pairs)
+    return finish(rng, "addition", messages, thinking, answer, facts)

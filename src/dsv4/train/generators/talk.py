@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from random import Random
 
-from .document import Document, Split, assistant, draw, finish, pair_key, system, user
+from .dictionary import entry
+from .document import Document, Split, assistant, draw, finish, pair_key, system, typed, user
+from .knowledge import known
 from .phrases import (
     ANIMALS,
     CAPITALS,
@@ -225,9 +227,14 @@ def _sum(rng: Random) -> list[Exchange]:
 
 
 def _product(rng: Random) -> list[Exchange]:
-    a, b = draw("train", lambda: (rng.randint(2, 99), rng.randint(2, 99)), lambda p: pair_key(*p))
+    a, b = draw("train", lambda: (rng.randint(2, 99), rng.randint(10, 99)), lambda p: pair_key(*p))
     reply = "I don't know. I need a calculator for that."
     return [(rng.choice(MULTIPLY[:8]).format(a=a, b=b), "I can not multiply.", reply)]
+
+
+def _known(rng: Random) -> list[Exchange]:
+    it = draw("train", lambda: rng.choice((known, entry))(rng), lambda it: it.fact)
+    return [(it.ask, it.why, it.reply)]
 
 
 def _my_name(rng: Random) -> list[Exchange]:
@@ -277,7 +284,10 @@ PLAIN: tuple[Callable[[Random], list[Exchange]], ...] = (
     _month_after,
     _simple,
 )
-_MORE = (_who, _help, _unknown, _unknown, _my_name, _my_name, _my_taste, _sum, _sum, _product)
+_MORE = (
+    _who, _help, _unknown, _unknown, _known, _known, _known, _my_name, _my_name, _my_taste,
+    _sum, _sum, _product,
+)  # fmt: skip
 _TOPICS = (*PLAIN, *_MORE)
 
 
@@ -299,5 +309,5 @@ def dialogue(rng: Random, split: Split = "train", *, thinking: bool | None = Non
     talk = draw(split, sample, key)
     messages = system(rng, 0.25)
     for said, why, reply in talk:
-        messages += [user(said), assistant(reply, why if thinking else None)]
+        messages += [user(typed(rng, said)), assistant(reply, why if thinking else None)]
     return finish(rng, "dialogue", messages, thinking, talk[-1][2], (key(talk),))
