@@ -13,7 +13,7 @@ from torch import nn
 
 import dsv4
 from dsv4 import quant
-from dsv4.model import TRAIN, TRAIN_QAT, Transformer
+from dsv4.model import TRAIN_QAT, Transformer
 from dsv4.train.loop import Run
 from dsv4.train.optim import FAST, MuonAdamW, OptimSettings, orthogonalize, uses_muon
 from dsv4.train.recipes import Recipe, Stage
@@ -141,18 +141,24 @@ def test_every_parameter_has_one_optimizer() -> None:
     assert not muon & {"embed.weight", "head.weight", "norm.weight", "layers.1.attn.attn_sink"}
 
 
-def test_gradients_reach_everything_that_trains() -> None:
-    net = Transformer(replace(TINY.config(), index_topk=2))
-    net.init_weights(std=0.05)
-    ids = torch.randint(512, (2, 160), generator=torch.Generator().manual_seed(1))
-    run = net.start(ids, TRAIN)
-    streams = net.trunk(run)
-    loss = net.logits(streams, run).square().mean()
-    loss = loss + net.mtp_logits(net.mtp_streams(streams, run), run).square().mean()
-    loss.backward()
-    silent = {n for n, p in net.named_parameters() if p.requires_grad and p.grad is None}
-    # the indexer only chooses; it needs a loss of its own
-    assert all(".indexer." in n for n in silent), silent
+def test_stages_train_the_indexer_when_they_say(tmp_path: Path) -> None:
+    """Dense attention leaves it alone, its warm-up changes nothing else, then all is trained."""
+    base = TINY.stages[1]
+    stages = tuple(replace(base, steps=1, attention=a) for a in ("dense", "warmup", "sparse"))
+    recipe = replace(TINY, model=TINY.model | {"index_topk": 8}, stages=stages, checkpoint_every=1)
+    with Run(recipe, tmp_path) as run:
+        run.train()
+        states = []
+        for step in run.checkpoints.steps():
+            state = {f"model.{n}": torch.empty_like(p) for n, p in run.net.named_parameters()}
+            run.checkpoints.load(step, state)
+            states.append(state)
+    assert len(states) == 3  # after each of them
+    for before, after, stage in zip(states, states[1:], stages[1:], strict=False):
+        changed = {n for n in before if not torch.equal(before[n], after[n])}
+        indexer = {n for n in before if ".indexer." in n}
+        assert indexer & changed
+        assert (changed <= indexer) == (stage.attention == "warmup"), stage.attention
 
 
 def test_a_recipe_is_made_of_stages() -> None:

@@ -167,7 +167,8 @@ class Run:
         self.optim.step(r.lr_at(self.step), updates.add if line_due else None)
         self.ranks.tell_updates(self.net)
         self.net.zero_grad()
-        self._balance(loads)
+        if objective.attention != "warmup":
+            self._balance(loads)
         self.spikes.add(parts["loss"])
         shown: dict[str, Any] = {}
         if line_due:
@@ -350,7 +351,11 @@ class Run:
         return (
             _named_model(self.net)
             | {f"optim.{name}": t for name, t in self.optim.state.items()}
-            | {f"routes.{i}.{j}": t for i, r in enumerate(self.routes) for j, t in enumerate(r)}
+            | {
+                f"routes.{self.ranks.rank}.{ahead}.{gate}": t
+                for ahead, each in enumerate(self.routes)
+                for gate, t in enumerate(each)
+            }
         )
 
     def save(self, log: RunLog) -> None:
@@ -365,7 +370,8 @@ class Run:
             "losses": list(self.spikes.losses),
             "averages": self.averages.state(),
             "anticipate_until": self.anticipate_until,
-            "routes": [[list(t.shape) for t in routes] for routes in self.routes],
+            "routes": len(self.routes),
+            "ranks": self.ranks.size,
             "log": log.position(),
         }
         self.checkpoints.save(self.step, self._tensors(), facts)
@@ -409,19 +415,28 @@ class Run:
         return False
 
     def _load(self, step: int, facts: dict[str, Any]) -> None:
-        self.routes = deque(
-            [torch.zeros(s, dtype=torch.int64) for s in shapes] for shapes in facts["routes"]
-        )
-        self.checkpoints.load(step, self._tensors())
         self.step = self._saved = step
+        self._ahead.clear()
+        self._stream = self.data()
+        # of other parts of the batches they are of no use, and made anew
+        kept = facts["routes"] if facts["ranks"] == self.ranks.size else 0
+        self.routes = deque(self._blank_routes(ahead) for ahead in range(kept))
+        self.checkpoints.load(step, self._tensors())
         self.tokens, self.seconds = facts["tokens"], facts["seconds"]
         self.spikes.losses.clear()
         self.spikes.losses.extend(facts["losses"])
         self.averages = Averages(facts["averages"])
         self.anticipate_until = facts["anticipate_until"]
         self._position = facts["log"]
-        self._ahead.clear()
-        self._stream = self.data()
+
+    def _blank_routes(self, ahead: int) -> list[Tensor]:
+        """As many zeros as the routes of a coming step."""
+        part = self.ranks.part(self._coming(ahead))
+        rows = [part.ids.numel()] * len(self.gates)
+        if self.net.mtp:
+            rows[-1] -= len(part.lengths)  # its gate sees the tokens that have a successor
+        k = self.config.num_experts_per_tok
+        return [torch.zeros(n, k, dtype=torch.int64) for n in rows]
 
     def export(self) -> None:
         """Write ``parent/`` (BF16) and ``model/`` (official instruct format)."""
