@@ -225,13 +225,13 @@ def test_routes_of_older_weights_decide_the_experts_and_not_their_weights() -> N
 @pytest.mark.parametrize(
     ("attention", "index_weight"), [("dense", 1.0), ("sparse", 1.0), ("sparse", 0.0)]
 )
-def test_computing_again_gives_the_same_gradients_from_less_memory(
+def test_recomputed_blocks_give_the_same_gradients_from_less_memory(
     attention: str, index_weight: float
 ) -> None:
     net, (ids, weights) = network(), batch(LENGTHS)
     held = []
 
-    def run(again: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(recompute: bool) -> tuple[Tensor, dict[str, Tensor]]:
         kept = 0
 
         def keep(x: Tensor) -> Tensor:
@@ -239,7 +239,9 @@ def test_computing_again_gives_the_same_gradients_from_less_memory(
             kept += x.nbytes
             return x
 
-        objective = replace(DOUBLE, attention=attention, index_weight=index_weight, again=again)
+        objective = Objective(
+            attention=attention, index_weight=index_weight, recompute=recompute, dtype=torch.float64
+        )
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             total = losses(net, ids, weights, LENGTHS, objective)[0]
         held.append(kept)

@@ -118,7 +118,7 @@ class Pass:
     # training only:
     packing: Packing | None = None  # ids [1, N] are samples, each seen alone
     dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
-    again: bool = False  # blocks keep their input only, and compute the rest again for gradients
+    recompute: bool = False  # blocks keep their input only and are done again for the gradient
     routes: Mapping[nn.Module, Tensor] | None = None  # experts [N, K] that each Gate has to take
     balance: list[tuple[Tensor, Tensor]] | None = None  # collects (scores, ids) of each router
     index_losses: list[Tensor] | None = None  # collects the divergences of the indexers
@@ -579,21 +579,21 @@ class Block(nn.Module):
 
     def forward(self, streams: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
         """Streams ``[B, T, h, d]`` -> the same."""
-        if run.again:
-            return self._again(streams, run)
+        if run.recompute:
+            return self._recomputed(streams, run)
         streams = self.site(
             "attn", lambda x: self.attn(self.attn_norm(x), run, state), streams, run
         )
         return self.site("ffn", lambda x: self.ffn(self.ffn_norm(x), run), streams, run)
 
-    def _again(self, streams: Tensor, run: Pass) -> Tensor:
+    def _recomputed(self, streams: Tensor, run: Pass) -> Tensor:
         """``forward`` that keeps nothing but its input, and is done again for the gradient."""
 
         def once(streams: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
             # what a pass collects is returned, so that doing it again leaves no trace
             balance: list[tuple[Tensor, Tensor]] = []
             index_losses: list[Tensor] | None = None if run.index_losses is None else []
-            part = replace(run, again=False, balance=balance, index_losses=index_losses)
+            part = replace(run, recompute=False, balance=balance, index_losses=index_losses)
             return self(streams, part, None), balance, index_losses or []
 
         out: Tensor

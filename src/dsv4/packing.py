@@ -55,8 +55,9 @@ class Packing:
         self._place[source[source >= 0]] = (source >= 0).nonzero().squeeze(1)
 
     def split(self, row: Tensor) -> list[Tensor]:
-        """``[1, N, ...]`` -> for each batch of samples ``[B, T, ...]``, zero after a sample."""
-        flat: Tensor = _Spread.apply(row[0], self)  # type: ignore[no-untyped-call]
+        """``[1, N, ...]`` -> for each batch of samples ``[B, T, ...]``; after a sample come copies
+        of any token."""
+        flat: Tensor = _Spread.apply(row[0], self._source, self._place)  # type: ignore[no-untyped-call]
         sizes = [b * t for b, t in self.shapes]
         parts = zip(flat.split(sizes), self.shapes, strict=True)
         return [part.unflatten(0, shape) for part, shape in parts]
@@ -64,7 +65,8 @@ class Packing:
     def join(self, batches: Sequence[Tensor]) -> Tensor:
         """The inverse of ``split``; what stands in the padding is dropped."""
         flat = torch.cat([batch.flatten(0, 1) for batch in batches])
-        row: Tensor = _Collect.apply(flat, self)  # type: ignore[no-untyped-call]
+        places = self._source, self._place, self._padding
+        row: Tensor = _Collect.apply(flat, *places)  # type: ignore[no-untyped-call]
         return row.unsqueeze(0)
 
     def followed(self) -> Tensor:
@@ -74,15 +76,6 @@ class Packing:
         keep[last] = False
         return keep.nonzero().squeeze(1)
 
-    def spread(self, row: Tensor) -> Tensor:
-        """``row [N, ...]`` at its places in all batches, zero elsewhere."""
-        return row.index_select(0, self._source).index_fill_(0, self._padding, 0)
-
-    def collect(self, flat: Tensor) -> Tensor:
-        """The row ``[N, ...]`` whose tokens are at their places in ``flat``."""
-        return flat.index_select(0, self._place)
-
-
 def padded_length(length: int) -> int:
     """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, and at most a
     third of a batch is padding."""
@@ -91,26 +84,28 @@ def padded_length(length: int) -> int:
 
 
 class _Spread(torch.autograd.Function):
-    """``Packing.spread``. Each token has one place, so its gradient is moved, never summed."""
+    """Tokens to their places in all batches. Each has one, so its gradient is moved, not summed."""
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return packing.spread(row)
+    def forward(ctx: Any, row: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return row.index_select(0, source)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.packing.collect(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grad.index_select(0, place), None, None
 
 
 class _Collect(torch.autograd.Function):
-    """``Packing.collect``, the other way round."""
+    """Tokens from their places in all batches; what is in the padding gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return packing.collect(flat)
+    def forward(ctx: Any, flat: Tensor, source: Tensor, place: Tensor, padding: Tensor) -> Tensor:
+        ctx.save_for_backward(source, padding)
+        return flat.index_select(0, place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.packing.spread(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        source, padding = ctx.saved_tensors
+        return grad.index_select(0, source).index_fill_(0, padding, 0), None, None, None

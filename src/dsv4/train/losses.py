@@ -33,7 +33,7 @@ class Objective:
       sparse  the rows that the indexers choose; these go on learning where attention goes among
               the chosen, by a gradient that reaches them alone (``index_weight`` 0: not at all)
     ``qat``: weights as they will be stored and the indexers' queries and keys in FP4.
-    ``again``: activations are computed again for the gradient instead of kept.
+    ``recompute``: blocks keep their inputs only and are computed again for the gradient.
     Raises TrainingError for another ``attention``.
     """
 
@@ -42,7 +42,7 @@ class Objective:
     attention: str = "dense"
     index_weight: float = 1.0
     qat: bool = False
-    again: bool = False
+    recompute: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def losses(
         if len(routes) != len(gates):
             raise TrainingError("routes", expected=f"{len(gates)} gates", got=len(routes))
         run.routes = dict(zip(gates, routes, strict=True))
-    run.again = objective.again and objective.attention != "warmup"
+    run.recompute = objective.recompute and objective.attention != "warmup"
     run.index_losses = [] if objective.trains_indexers else None
     place, sample = _places(run)
     wanted = weights.flatten()
