@@ -7,7 +7,7 @@ import re
 from calendar import day_name
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -316,6 +316,23 @@ def test_no_training_conversation_asks_a_held_out_question_of_knowledge() -> Non
         assert isinstance(doc, Document)
         asked |= {m["content"] for m in doc.messages if m["role"] == "user"} & asks
     assert len(asked) > 200 and not any(held_out("talk", ask) for ask in asked)
+
+
+def test_a_question_of_knowledge_has_one_answer_wherever_it_is_asked() -> None:
+    def replies(task: str) -> Iterator[tuple[str, str]]:
+        for i in range(2500):
+            for one, two in pairwise(TASKS[task](rng_for(i), "train").messages):
+                if one["role"] == "user":
+                    yield one["content"].lower().rstrip("?.!"), two["content"]
+
+    answers: dict[str, set[str]] = {}
+    for ask, reply in (*replies("knowledge"), *replies("dictionary")):
+        answers.setdefault(ask, set()).add(reply)
+    for ask, reply in (*replies("dialogue"), *replies("everyday")):
+        if ask in answers:
+            answers[ask].add(reply)
+    assert len(answers) > 1000
+    assert {ask: found for ask, found in answers.items() if len(found) > 1} == {}
 
 
 def test_knowledge_has_two_wordings_and_one_answer() -> None:

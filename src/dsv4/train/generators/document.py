@@ -73,10 +73,12 @@ def draw(split: Split, sample: Callable[[], T], key: Callable[[T], tuple[object,
 
 
 def system(rng: Random, share: float = 0.2) -> list[Message]:
+    """A system message, in a share of the documents."""
     return [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < share else []
 
 
 def user(text: str) -> Message:
+    """What the user says."""
     return {"role": "user", "content": text}
 
 
@@ -95,6 +97,7 @@ def typed(rng: Random, text: str) -> str:
 
 
 def assistant(content: str, reasoning: str | None = None) -> Message:
+    """What the assistant says, and thinks before."""
     message: Message = {"role": "assistant", "content": content}
     if reasoning is not None:
         message["reasoning_content"] = reasoning
@@ -109,6 +112,7 @@ def finish(
     answer: str,
     facts: tuple[tuple[object, ...], ...],
 ) -> Document:
+    """The document; one in twenty of those with thinking asks for the greatest effort."""
     effort = "max" if thinking and rng.random() < 0.05 else None
     return Document(messages, "thinking" if thinking else "chat", effort, task, answer, facts)
 

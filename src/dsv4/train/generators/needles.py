@@ -66,6 +66,7 @@ def nonsense(rng: Random) -> str:
 
 
 def a_noun(noun: str) -> str:
+    """The noun with its article."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
