@@ -161,6 +161,19 @@ def test_stages_train_the_indexer_when_they_say(tmp_path: Path) -> None:
         assert (changed <= indexer) == (stage.attention == "warmup"), stage.attention
 
 
+def test_passes_and_recomputation_change_nothing_but_memory(tmp_path: Path) -> None:
+    losses = []
+    for name, more in {
+        "at once": {}, "in passes": {"tokens_per_pass": 300}, "again": {"recompute": True},
+    }.items():  # fmt: skip
+        recipe = replace(TINY, dtype="float32", stages=(replace(TINY.stages[0], steps=3),), **more)
+        with Run(recipe, tmp_path / name) as run:
+            run.train()
+        losses.append([line["loss"] for line in read_log(tmp_path / name) if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_a_recipe_is_made_of_stages() -> None:
     assert TINY.steps == 6
     assert TINY.at(1) == (TINY.stages[0], 1) and TINY.at(2) == (TINY.stages[1], 0)

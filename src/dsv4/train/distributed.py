@@ -86,28 +86,36 @@ class Ranks:
 
     # ------------------------------------------------------------ samples
 
-    def part(self, batch: Batch) -> Batch:
-        """The samples of a batch that this rank takes, about as many tokens as the others.
+    def parts(self, batch: Batch, most: int = 0) -> list[Batch]:
+        """The samples of a batch that this rank takes, in passes of about ``most`` tokens (0: all
+        at once). All ranks have as many passes, and passes about as many tokens.
 
-        TrainingError when there are fewer samples than ranks.
+        TrainingError when there are not samples enough.
         """
-        if self.mesh is None:
-            return batch
-        owners = divided(batch.lengths, self.size)
-        mine = [i for i, owner in enumerate(owners) if owner == self.rank]
-        if len(set(owners)) < self.size:
+        passes = -(-batch.ids.numel() // (self.size * most)) if most else 1
+        count = self.size * passes
+        if count == 1:
+            return [batch]
+        if count > len(batch.lengths):
             raise TrainingError(
-                "a batch has fewer samples than there are ranks",
-                expected=f"at least {self.size}",
+                "a batch has too few samples to be divided",
+                expected=f"at least {count}, for {self.size} processes of {passes} passes",
                 got=len(batch.lengths),
-                hint="raise tokens_per_batch, or use fewer processes",
+                hint="raise tokens_per_batch or tokens_per_pass, or use fewer processes",
             )
+        owners = divided(batch.lengths, count)
         ids, weights = (x.split(batch.lengths, 1) for x in batch[:2])
-        return Batch(
-            torch.cat([ids[i] for i in mine], 1),
-            torch.cat([weights[i] for i in mine], 1),
-            tuple(batch.lengths[i] for i in mine),
-        )
+        out = []
+        for number in range(self.rank, count, self.size):
+            mine = [i for i, owner in enumerate(owners) if owner == number]
+            out.append(
+                Batch(
+                    torch.cat([ids[i] for i in mine], 1),
+                    torch.cat([weights[i] for i in mine], 1),
+                    tuple(batch.lengths[i] for i in mine),
+                )
+            )
+        return out
 
     # ------------------------------------------------------------ parameters
 

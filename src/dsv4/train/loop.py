@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
@@ -78,7 +78,7 @@ class Run:
         self.gates = learned_gates(self.net)
         self.spikes = SpikeWatch(r.spike_window, r.spike_factor)
         self.anticipate_until = 0  # routing is done ahead for the steps before this one
-        self.routes: deque[list[Tensor]] = deque()  # of this step and the next ones
+        self.routes: deque[list[list[Tensor]]] = deque()  # of this step and the next ones
         self.averages = Averages()
         self._ahead: deque[Batch] = deque()  # batches of this step and the next ones
         self._position = 0  # in the log
@@ -125,7 +125,7 @@ class Run:
             attention=stage.attention,
             index_weight=r.index_weight,
             qat=number >= stage.steps - stage.qat_steps,
-            again=r.recompute,
+            recompute=r.recompute,
             dtype=DTYPES[r.dtype],
         )
 
@@ -140,12 +140,7 @@ class Run:
             self.spikes.losses.clear()
         began = time.perf_counter()
         batch, objective = self._coming(0), self.objective()
-        part = self.ranks.part(batch)
-        total, parts, loads = losses(
-            self.net, *part, objective, self._routes(), Shares.of(part, batch)
-        )
-        total.backward()
-        parts, loads = self._of_all_ranks(parts, loads)
+        parts, loads = self._gradients(batch, objective)
         gradients = {  # zero for experts without a token
             name: torch.zeros_like(p) if p.grad is None else p.grad
             for name, p in self.net.named_parameters()
@@ -173,7 +168,7 @@ class Run:
         shown: dict[str, Any] = {}
         if line_due:
             shown = {"grad_rms": sizes.values(), "update_rms": updates.values()}
-            shown |= probe(self.net, part, objective.numerics)
+            shown |= probe(self.net, self.ranks.parts(batch)[0], objective.numerics)
         self._ahead.popleft()
         self.step += 1
         self.tokens += batch.ids.numel()
@@ -184,14 +179,27 @@ class Run:
         self.averages.add(parts | {"tokens": float(batch.ids.numel()), "took": took}, loads)
         return shown
 
-    def _of_all_ranks(
-        self, parts: dict[str, float], loads: list[Tensor]
+    def _gradients(
+        self, batch: Batch, objective: Objective
     ) -> tuple[dict[str, float], list[Tensor]]:
-        """Losses and loads, summed: each rank's are its share of the batch's."""
-        counts = torch.cat(loads).tolist() if loads else []
-        sums = self.ranks.summed([*parts.values(), *counts])
-        summed = torch.tensor(sums[len(parts) :]).long().split([len(n) for n in loads])
-        return dict(zip(parts, sums, strict=False)), list(summed)
+        """Losses and each router's tokens per expert, of the whole batch; this rank's share of
+        the gradients is left in ``grad``."""
+        parts = self.ranks.parts(batch, self.recipe.tokens_per_pass)
+        chosen: Sequence[list[Tensor] | None] = self._routes() or [None] * len(parts)
+        values: dict[str, float] = defaultdict(float)
+        loads = [torch.zeros(self.config.n_routed_experts, dtype=torch.int64) for _ in self.gates]
+        for part, each in zip(parts, chosen, strict=True):
+            share = Shares.of(part, batch)
+            total, some, used = losses(self.net, *part, objective, each, share)
+            total.backward()
+            for name, value in some.items():
+                values[name] += value
+            for load, n in zip(loads, used, strict=True):
+                load += n
+        counts = [n for load in loads for n in load.tolist()]
+        sums = self.ranks.summed([*values.values(), *counts])
+        summed = torch.tensor(sums[len(values) :], dtype=torch.int64)
+        return dict(zip(values, sums, strict=False)), list(summed.view(len(loads), -1))
 
     def _balance(self, loads: list[Tensor]) -> None:
         """Move the routers' biases towards even loads."""
@@ -222,7 +230,7 @@ class Run:
                 )
             log.write(event)
             return False
-        event["limit"] = rounded(self.spikes.limit())
+        event["limit"] = str(self.spikes.limit())
         until = self.step + r.anticipate_steps
         regular = self.checkpoints.regular()
         enough = [s for s in regular if s <= self.step - r.rollback] or regular[:1]
@@ -232,8 +240,8 @@ class Run:
         log.write(event | {"back_to": self.step, "anticipate_until": until})
         return True
 
-    def _routes(self) -> list[Tensor] | None:
-        """This step's experts, chosen ``anticipate_delay`` steps ago, or None: chosen now.
+    def _routes(self) -> list[list[Tensor]] | None:
+        """This step's experts, pass by pass, chosen ``anticipate_delay`` steps ago; or None.
 
         When anticipation begins, the first steps share the parameters it begins with.
         """
@@ -242,8 +250,11 @@ class Run:
         if self.step >= end:
             return None
         while len(self.routes) <= r.anticipate_delay and self.step + len(self.routes) < end:
-            part = self.ranks.part(self._coming(len(self.routes)))
-            self.routes.append(routes(self.net, part.ids, part.lengths, self.objective()))
+            parts = self.ranks.parts(self._coming(len(self.routes)), r.tokens_per_pass)
+            objective = self.objective()
+            self.routes.append(
+                [routes(self.net, part.ids, part.lengths, objective) for part in parts]
+            )
         return self.routes.popleft()
 
     # ------------------------------------------------------------ the run
@@ -352,9 +363,10 @@ class Run:
             _named_model(self.net)
             | {f"optim.{name}": t for name, t in self.optim.state.items()}
             | {
-                f"routes.{self.ranks.rank}.{ahead}.{gate}": t
-                for ahead, each in enumerate(self.routes)
-                for gate, t in enumerate(each)
+                f"routes.{self.ranks.rank}.{ahead}.{part}.{gate}": t
+                for ahead, parts in enumerate(self.routes)
+                for part, gates in enumerate(parts)
+                for gate, t in enumerate(gates)
             }
         )
 
@@ -429,14 +441,16 @@ class Run:
         self.anticipate_until = facts["anticipate_until"]
         self._position = facts["log"]
 
-    def _blank_routes(self, ahead: int) -> list[Tensor]:
+    def _blank_routes(self, ahead: int) -> list[list[Tensor]]:
         """As many zeros as the routes of a coming step."""
-        part = self.ranks.part(self._coming(ahead))
-        rows = [part.ids.numel()] * len(self.gates)
-        if self.net.mtp:
-            rows[-1] -= len(part.lengths)  # its gate sees the tokens that have a successor
-        k = self.config.num_experts_per_tok
-        return [torch.zeros(n, k, dtype=torch.int64) for n in rows]
+        blank = []
+        for part in self.ranks.parts(self._coming(ahead), self.recipe.tokens_per_pass):
+            rows = [part.ids.numel()] * len(self.gates)
+            if self.net.mtp:
+                rows[-1] -= len(part.lengths)  # its gate sees the tokens that have a successor
+            k = self.config.num_experts_per_tok
+            blank.append([torch.zeros(n, k, dtype=torch.int64) for n in rows])
+        return blank
 
     def export(self) -> None:
         """Write ``parent/`` (BF16) and ``model/`` (official instruct format)."""

@@ -19,13 +19,12 @@ from typing import Any
 from ..config import PRESETS, V4Config
 from ..errors import TrainingError
 from .data import KINDS
+from .losses import ATTENTION
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-ATTENTION = ("dense", "warmup", "sparse")
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class Recipe:
     vocab_documents: int = 20000  # from which the tokenizer is made
     init_std: float = 0.0  # of the first weights; 0: by fan-in, which suits small models
     dtype: str = "bfloat16"  # of activations and matmuls; "float32" to compare runs
+    tokens_per_pass: int = 0  # a batch is taken in passes of so many tokens, a rank; 0: at once
     recompute: bool = False  # activations again for the gradient: less memory, more time
     # optimizer
     lr: float = 5e-3
@@ -192,7 +192,7 @@ class Recipe:
             if total <= max(0, step - 1):
                 begun.append(asdict(stage))
             total += stage.steps
-        kept = {"recompute", "checkpoint_every", "keep", "keep_every", "log_every", "stages"}
+        kept = {"checkpoint_every", "keep", "keep_every", "log_every", "stages"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in kept}
         return values | {"stages": begun}
 
