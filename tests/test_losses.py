@@ -84,6 +84,17 @@ def test_rows_of_a_rectangle_are_samples_too() -> None:
     assert all(map(torch.equal, packed[2], square[2]))
 
 
+@pytest.mark.parametrize("attention", ["warmup", "sparse"])
+def test_samples_too_short_for_some_loss(attention: str) -> None:
+    net = network()
+    for ids, lengths in ((torch.ones(1, 6), [2, 3, 1]), (torch.ones(2, 2), None)):
+        ids, weights = ids.long(), ids
+        objective = replace(DOUBLE, attention=attention)
+        total, parts, _ = losses(net, ids, weights, lengths, objective)
+        assert parts["index"] == 0 and (parts["mtp"] > 0) == (lengths is not None)
+        assert all(g.isfinite().all() for g in grads(net, total).values())
+
+
 def grads(net: Transformer, loss: Tensor) -> dict[str, Tensor]:
     net.zero_grad()
     loss.backward()

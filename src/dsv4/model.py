@@ -146,7 +146,7 @@ class Pass:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, past and new."""
+        """Tokens of the longest sequence, past, new and padding."""
         return self.start + self.ids.shape[1] if self.packing is None else self.packing.longest
 
 
@@ -701,7 +701,7 @@ class Transformer(_Collapsing):
         """
         if lengths is None:
             return Pass(self.config, nx, ids, start, states)
-        packing = Packing(lengths)
+        packing = Packing(lengths, ids.device)
         if ids.shape != (1, packing.tokens) or start or states is not None:
             raise TrainingError(
                 "lengths do not describe this row",
@@ -739,7 +739,7 @@ class Transformer(_Collapsing):
         else:
             kept = run.packing.followed()
             streams = streams.index_select(1, kept)
-            packing = Packing([n - 1 for n in run.packing.lengths if n > 1])
+            packing = Packing([n - 1 for n in run.packing.lengths if n > 1], run.ids.device)
             after = replace(run, ids=run.ids[:, kept + 1], packing=packing)
         return self._mtp.predict(streams, after, self.embed)
 

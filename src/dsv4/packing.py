@@ -23,11 +23,12 @@ SHORTEST = 16  # the least padded length
 class Packing:
     """How samples of ``lengths`` lie in one row of ``sum(lengths)`` tokens, in order.
 
-    ``positions [N]`` is the place of each token in its own sample. Raises TrainingError for an
-    empty sample or none.
+    ``positions [N]`` is the place of each token in its own sample, ``samples [N]`` the number of
+    that sample; ``shapes`` are those of the padded batches, ``(samples, tokens)``. Raises
+    TrainingError for an empty sample or none.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
         self.lengths = tuple(int(n) for n in lengths)
         if not self.lengths or min(self.lengths) < 1:
             raise TrainingError(
@@ -36,10 +37,12 @@ class Packing:
         self.tokens = sum(self.lengths)
         ends = list(accumulate(self.lengths))
         starts = [0, *ends[:-1]]
-        self.positions = torch.cat([torch.arange(n) for n in self.lengths])
+        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
+        counts = torch.tensor(self.lengths)
+        self.samples = torch.arange(len(counts)).repeat_interleave(counts).to(device)
         padded = [padded_length(n) for n in self.lengths]
         self.longest = max(padded)
-        self.shapes: list[tuple[int, int]] = []  # samples and padded length of each batch
+        self.shapes: list[tuple[int, int]] = []
         places = []
         for width in sorted(set(padded)):
             members = [i for i, w in enumerate(padded) if w == width]
@@ -48,10 +51,10 @@ class Packing:
             at = begin + torch.arange(width)
             places.append(at.masked_fill_(at >= end, -1).flatten())
             self.shapes.append((len(members), width))
-        source = torch.cat(places)  # the token at each place of all batches; -1: padding
+        source = torch.cat(places).to(device)  # the token at each place of all batches; or -1
         self._padding = (source < 0).nonzero().squeeze(1)
         self._source = source.clamp_min(0)
-        self._place = torch.empty(self.tokens, dtype=torch.int64)  # the place of each token
+        self._place = torch.empty_like(self.positions)  # the place of each token
         self._place[source[source >= 0]] = (source >= 0).nonzero().squeeze(1)
 
     def split(self, row: Tensor) -> list[Tensor]:
@@ -71,16 +74,15 @@ class Packing:
 
     def followed(self) -> Tensor:
         """Places ``[M]`` of the row's tokens that have a successor in their sample."""
-        last = torch.tensor(list(accumulate(self.lengths))) - 1
-        keep = torch.ones(self.tokens, dtype=torch.bool)
-        keep[last] = False
-        return keep.nonzero().squeeze(1)
+        return (self.positions.roll(-1) > 0).nonzero().squeeze(1)
+
 
 def padded_length(length: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, and at most a
-    third of a batch is padding."""
+    """The least of 16, 24, 32, 48, 64, 96, ... that holds ``length``: few shapes, and beyond 16
+    less than a third is padding."""
     power = max(SHORTEST, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if length <= power * 3 // 4 and power > SHORTEST else power
+    between = power * 3 // 4
+    return between if SHORTEST < between >= length else power
 
 
 class _Spread(torch.autograd.Function):

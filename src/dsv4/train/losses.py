@@ -34,6 +34,7 @@ class Objective:
               the chosen, by a gradient that reaches them alone (``index_weight`` 0: not at all)
     ``qat``: weights as they will be stored and the indexers' queries and keys in FP4.
     ``recompute``: blocks keep their inputs only and are computed again for the gradient.
+    ``dtype``: of activations and matmuls.
     Raises TrainingError for another ``attention``.
     """
 
@@ -136,7 +137,8 @@ def losses(
         parts = {"loss": total.item()}
         if net.mtp and objective.mtp_weight:
             ahead = net.mtp_streams(streams, run)
-            owners[-1], seen[-1] = sample[_followed(run)], shares.followed
+            # as many have a successor
+            owners[-1], seen[-1] = sample[place >= 1], shares.followed
             mtp = _token_loss(
                 ahead, ahead_at - 2 - sample[ahead_at], ahead_at, run, wanted, net.mtp_logits
             )
@@ -144,13 +146,10 @@ def losses(
             total = total + objective.mtp_weight * mtp
             parts["mtp"] = mtp.item()
     assert run.balance is not None
-    balance = torch.stack(
-        [
-            share * _balance(scores, chosen, owner)
-            for (scores, chosen), owner, share in zip(run.balance, owners, seen, strict=False)
-        ]
-        or [total.new_zeros(())]
-    ).sum()
+    done = list(zip(run.balance, owners, seen, strict=False))  # perhaps without the MTP block
+    balance = sum(
+        (share * _balance(*each, owner) for each, owner, share in done), start=total.new_zeros(())
+    )
     total = total + objective.balance_weight * balance
     parts["balance"] = balance.item()
     if run.index_losses:
@@ -208,18 +207,10 @@ def _trainable(net: Transformer, objective: Objective) -> Iterator[None]:
 def _places(run: Pass) -> tuple[Tensor, Tensor]:
     """Of each token, flattened: its position in its sample, and the number of the sample."""
     if run.packing is not None:
-        lengths = torch.tensor(run.packing.lengths)
-        return run.packing.positions, torch.arange(len(lengths)).repeat_interleave(lengths)
+        return run.packing.positions, run.packing.samples
     b, t = run.ids.shape
-    return torch.arange(t).repeat(b), torch.arange(b).repeat_interleave(t)
-
-
-def _followed(run: Pass) -> Tensor:
-    """The tokens, flattened, that have a successor in their sample."""
-    if run.packing is not None:
-        return run.packing.followed()
-    b, t = run.ids.shape
-    return torch.arange(b * t).view(b, t)[:, :-1].flatten()
+    each = torch.arange(b * t, device=run.ids.device)
+    return each % t, each // t
 
 
 def _token_loss(
@@ -231,7 +222,9 @@ def _token_loss(
     head: Callable[[Tensor, Pass], Tensor],
 ) -> Tensor:
     """Mean cross-entropy of the tokens ``targets``, predicted by the rows ``at`` of ``streams``,
-    weighted; only their logits are computed."""
+    weighted; 0 of none. Only their logits are computed."""
+    if not len(targets):
+        return streams.new_zeros((), dtype=torch.float32)
     logits = head(streams.flatten(0, 1)[at], run)
     each = F.cross_entropy(logits, run.ids.flatten()[targets], reduction="none")
     w = weights[targets].to(each.dtype)
