@@ -124,7 +124,7 @@ def stopped(ten_steps: Path, tmp_path: Path) -> Path:
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.suffix == "")
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "manifest.json"])
@@ -142,6 +142,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         assert "00000010 is damaged" in said and "going on from step 8" in said
         run.train()
     assert _log(stopped) == before and _weights(stopped) == weights
+    assert _steps(stopped) == [4, 8, 10]
+    assert (stopped / "checkpoints" / "00000010.damaged" / file).read_bytes() == content
 
 
 def test_without_a_whole_checkpoint_it_says_what_to_do(stopped: Path) -> None:

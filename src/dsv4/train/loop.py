@@ -262,21 +262,13 @@ class Run:
     def data(self) -> Iterator[Batch]:
         """Batches from the present step on."""
         r, end = self.recipe, 0
-
-        def tokens(step: int) -> int:
-            stage, n = r.at(step)
-            return stage.tokens_at(n)
-
-        def longest(step: int) -> int:
-            stage, n = r.at(step)
-            return stage.length_at(n)
-
         for stage in r.stages:
             begin, end = max(end, self.step), end + stage.steps
             if begin < end:
                 stream = batches(
-                    self.tokenizer, r.seed, tokens, longest, begin, weights=stage.shares or None
-                )
+                    self.tokenizer, r.seed, r.tokens_at, r.length_at, begin,
+                    weights=stage.shares or None,
+                )  # fmt: skip
                 yield from islice(stream, end - begin)
 
     def _coming(self, ahead: int) -> Batch:
@@ -391,12 +383,12 @@ class Run:
 
     def _resume(self) -> bool:
         """Take the newest checkpoint that is whole, if any."""
-        damaged = None
+        damaged: dict[int, TrainingError] = {}
         for step in reversed(self.checkpoints.steps()):
             try:
                 facts = self.checkpoints.facts(step)
             except TrainingError as e:
-                damaged = e
+                damaged[step] = e
                 continue
             if facts["config"] != fingerprint(self.config.to_dict()):
                 raise TrainingError(
@@ -413,17 +405,19 @@ class Run:
                     got=f"others in {', '.join(changed)}",
                     hint="give another --out folder, or put the change into a new stage",
                 )
-            if damaged is not None:
-                print(f"{damaged}\n  going on from step {step}", file=sys.stderr)
+            for later, why in damaged.items():
+                self.checkpoints.put_aside(later)
+                if self.ranks.first:
+                    print(f"{why}\n  going on from step {step}", file=sys.stderr)
             self._load(step, facts)
             return True
-        if damaged is not None:
+        if damaged:
             raise TrainingError(
                 f"no checkpoint in {self.checkpoints.folder} can be used",
                 expected="at least one that is whole",
-                got=damaged,
+                got="\n".join(map(str, damaged.values())),
                 hint="delete that folder to start over",
-            ) from damaged
+            )
         return False
 
     def _load(self, step: int, facts: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import PRESETS, V4Config
 from ..errors import TrainingError
-from .data import KINDS
+from .data import KINDS, POOL
 from .losses import ATTENTION
 
 if sys.version_info >= (3, 11):
@@ -158,6 +158,11 @@ class Recipe:
                 refuse("attention", ", ".join(ATTENTION), stage.attention)
             if stage.steps < 1:
                 refuse("steps of a stage", "at least 1", stage.steps)
+        for first in range(0, self.steps, POOL):  # as the data reads them
+            longest = self.length_at(first)
+            smallest = min(self.tokens_at(first), self.tokens_at(first + POOL - 1))
+            if not 64 <= longest <= smallest:
+                refuse(f"length at step {first}", f"64 to tokens_per_batch, {smallest}", longest)
 
     def config(self) -> V4Config:
         """The model's configuration."""
@@ -180,6 +185,16 @@ class Recipe:
         """The learning rate of a step of the run."""
         stage, n = self.at(step)
         return self.lr * stage.lr_factor(n)
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of the batch of a step of the run."""
+        stage, n = self.at(step)
+        return stage.tokens_at(n)
+
+    def length_at(self, step: int) -> int:
+        """The longest sample of a step of the run, in tokens."""
+        stage, n = self.at(step)
+        return stage.length_at(n)
 
     def past(self, step: int) -> dict[str, Any]:
         """All that decided the run's first ``step`` steps, for JSON.

@@ -196,6 +196,14 @@ class Checkpoints:
                     shutil.rmtree(self._path(later))
         self.ranks.wait()
 
+    def put_aside(self, step: int) -> None:
+        """Take a damaged checkpoint out of the way, for whoever wants to look at it."""
+        if self.ranks.first:
+            aside = self._path(step).with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            self._path(step).rename(aside)
+        self.ranks.wait()
+
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
 
