@@ -4,41 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..train.launch import train_app
 from .app import Json, ModelName, Numerics, app, checked_level
 
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file such as recipes/v4-nano.toml.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; default runs/NAME-OF-THE-RECIPE.")
-    ] = None,
-) -> None:
-    """Train a model by a recipe; the same command again goes on where it stopped.
-
-    Ctrl-C saves and stops. The folder holds log.jsonl, state.pt and, at the end, parent/ (the
-    float model) and model/ (official FP4 + FP8 format), which every other command takes.
-
-    \b
-      dsv4 train recipes/v4-nano.toml
-      dsv4 chat runs/v4-nano/model
-    """
-    from ..train.loop import Recipe, Run
-
-    folder = out or Path("runs") / recipe.stem
-    run = Run(Recipe.read(recipe), folder)
-    counts = run.config.parameter_counts()
-    print(
-        f"{folder}: {counts.total / 1e6:.1f}M parameters, {counts.active / 1e6:.1f}M active; "
-        f"step {run.step} of {run.recipe.steps}",
-        file=sys.stderr,
-    )
-    run.train()
+app.add_typer(train_app, name="train")
 
 
 @app.command("eval")

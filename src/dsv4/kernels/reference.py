@@ -262,7 +262,7 @@ class _Sinkhorn(torch.autograd.Function):
 def hc_collapse(streams: Tensor, pre: Tensor, dtype: torch.dtype) -> Tensor:
     """Weighted sum of the streams: ``[..., h, d]`` and ``[..., h]`` -> ``[..., d]``."""
     rows = torch.bmm(pre.flatten(0, -2).unsqueeze(1), wide(streams.flatten(0, -3)))
-    return rows.view(*streams.shape[:-2], -1).to(dtype)
+    return rows.view(*streams.shape[:-2], streams.shape[-1]).to(dtype)
 
 
 def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:

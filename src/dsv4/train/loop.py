@@ -1,374 +1,464 @@
-"""Pre-training, plain: read a recipe, take batches by number, step, log, checkpoint, export.
+"""Pre-training: take batches by number, step, log, checkpoint, and at the end export.
 
-A run is a folder: ``recipe.toml`` (a copy), ``log.jsonl`` (a line per logged step), ``state.pt``
-(everything needed to go on bit for bit), ``parent/`` (the float model) and ``model/`` (the same in
-the official instruct format). Stopping it at any moment loses at most the steps since the last
-checkpoint; running the same command again goes on.
+A run is a folder: ``log.jsonl``, ``checkpoints/``, ``tokenizer/`` and, at the end, ``parent/`` (the
+float model) and ``model/`` (the same in the official instruct format). Whenever it is stopped or
+killed, the same command goes on from the last checkpoint, and weights and log become bit for bit
+those of a run that was never stopped; only the clock in the log differs.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import quant
 from ..checkpoint import inventory, save_checkpoint
-from ..config import PRESETS, V4Config
+from ..config import V4Config
 from ..errors import TrainingError
-from ..model import TRAIN, TRAIN_QAT, Gate, Transformer
+from ..model import Transformer
 from ..tokenizer import Tokenizer
-from .data import KINDS, Batch, batches, corpus_for_tokenizer, ramp
+from .data import Batch, batches, corpus_for_tokenizer
+from .distributed import Ranks
+from .losses import Objective, Shares, learned_gates, losses, routes
 from .optim import MuonAdamW, OptimSettings
+from .recipes import Recipe, changes, fingerprint
+from .runfiles import Checkpoints, RunLog, lock
+from .spikes import SpikeWatch
+from .watch import Averages, GroupRMS, Show, probe, rounded
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a run: which data, and how the learning rate goes."""
-
-    steps: int = 3000
-    shares: dict[str, float] = field(default_factory=dict)  # documents per task; empty: the usual
-    warmup: int = 60  # steps of linear rise to lr
-    lr: float = 1.0  # times the recipe's lr, after the warm-up
-    final_lr: float = 1.0  # likewise at the end; a cosine goes from one to the other
-    mtp_weight: float = 0.3
-    qat_steps: int = 0  # at the end of the stage, with weights passed through FP4 / FP8
-
-    def lr_factor(self, step: int) -> float:
-        """Share of the recipe's learning rate at a step of this stage, counted from 0."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a run is. Every field can be set in the TOML file; unknown keys are refused."""
-
-    preset: str = "nano"
-    model: dict[str, Any] = field(default_factory=dict)  # config keys that differ from the preset
-    seed: int = 0
-    tokens_per_batch: int = 4096
-    first_length: int = 192  # tokens of the longest recall document at first
-    last_length: int = 2048  # and at the end of the length ramp
-    ramp_steps: int = 1200
-    lr: float = 5e-3
-    weight_decay: float = 0.1
-    balance_weight: float = 1e-4
-    bias_update: float = 1e-3
-    grad_clip: float = 1.0
-    vocab_documents: int = 20000
-    checkpoint_minutes: float = 3.0
-    log_every: int = 10
-    stages: tuple[Stage, ...] = (Stage(),)
-
-    @classmethod
-    def read(cls, path: str | Path) -> Recipe:
-        """From a TOML file; TrainingError for unknown keys, wrong types and missing files."""
-        try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise TrainingError(
-                "no such recipe", expected="a TOML file", got=path, hint="see recipes/"
-            ) from e
-        except tomllib.TOMLDecodeError as e:
-            raise TrainingError(f"{path} is not TOML", got=e) from e
-        stages = data.pop("stages", [{}])
-        if type(stages) is not list or not all(type(s) is dict for s in stages) or not stages:
-            raise TrainingError(f"{path}: stages", expected="[[stages]] tables", got=stages)
-        kept = tuple(Stage(**_checked(Stage(), s, f"{path}: stages")) for s in stages)
-        recipe = cls(**_checked(cls(), data, str(path)), stages=kept)
-        if recipe.preset not in PRESETS:
-            raise TrainingError("preset", expected=", ".join(PRESETS), got=recipe.preset)
-        for stage in kept:
-            wrong = sorted(set(stage.shares) - set(KINDS))
-            if wrong:
-                raise TrainingError(
-                    f"{path}: shares", expected=", ".join(KINDS), got=", ".join(wrong)
-                )
-        return recipe
-
-    def config(self) -> V4Config:
-        """The model's configuration."""
-        return replace(V4Config.preset(self.preset), **self.model)
-
-    @property
-    def steps(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
-
-    def at(self, step: int) -> tuple[Stage, int]:
-        """The stage of a step of the run, and the step's number in it; both count from 0."""
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage, step
-            step -= stage.steps
-        return stage, step + stage.steps
-
-
-def _checked(defaults: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
-    """``given`` if it has fields of a dataclass and values of their types; whole floats pass."""
-    known = [f.name for f in fields(defaults) if f.name != "stages"]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise TrainingError(
-            f"{where} has keys that it cannot have",
-            expected=", ".join(known),
-            got=", ".join(unknown),
-        )
-    out = {}
-    for key, value in given.items():
-        wanted = type(getattr(defaults, key))
-        value = float(value) if wanted is float and type(value) is int else value
-        if type(value) is not wanted:
-            raise TrainingError(f"{where}: {key}", expected=wanted.__name__, got=repr(value))
-        out[key] = value
-    return out
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Run:
-    """One training run in a folder."""
+    """One training run in a folder, which no other process can train into while it is open."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
-        self.step = 0
-        self.tokens = 0
-        self.seconds = 0.0
+    def __init__(
+        self, recipe: Recipe, folder: Path, ranks: Ranks | None = None, tensorboard: bool = False
+    ) -> None:
+        self.recipe, self.folder, self.ranks = recipe, folder, ranks or Ranks()
+        self.tensorboard = tensorboard
         folder.mkdir(parents=True, exist_ok=True)
-        self.config = recipe.config()
+        self._lock = lock(folder) if self.ranks.first else None
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        r = self.recipe
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.config = r.config()
         self.tokenizer = self._tokenizer()
         self.net = Transformer(self.config)
-        self.net.init_weights(recipe.seed)
-        settings = OptimSettings(lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.optim = MuonAdamW(self.net.named_parameters(), settings)
-        self.gates = [m for m in self.net.modules() if isinstance(m, Gate) and m.bias is not None]
+        self.net.init_weights(r.seed, r.init_std or None)
+        settings = OptimSettings(
+            r.weight_decay, r.momentum, r.update_rms, (r.beta1, r.beta2), r.eps,
+            dtype=DTYPES[r.dtype],
+        )  # fmt: skip
+        self.ranks.divide(self.net)
+        owned = self.ranks.owned(self.net)
+        self.optim = MuonAdamW(self.net.named_parameters(), settings, owned.__contains__)
+        self.gates = learned_gates(self.net)
+        self.spikes = SpikeWatch(r.spike_window, r.spike_factor)
+        self.anticipate_until = 0  # routing is done ahead for the steps before this one
+        self.routes: deque[list[list[Tensor]]] = deque()  # of this step and the next ones
+        self.averages = Averages()
+        self._ahead: deque[Batch] = deque()  # batches of this step and the next ones
+        self._position = 0  # in the log
+        self._saved = -1  # the step of the last checkpoint
+        self.checkpoints = Checkpoints(
+            self.folder, r.checkpoint_every, r.keep, r.keep_every, self.ranks
+        )
+        self._stream = self.data()
         self.resumed = self._resume()
 
+    def close(self) -> None:
+        """Let other processes train into the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _tokenizer(self) -> Tokenizer:
-        file = self.folder / "tokenizer"
-        if not (file / "tokenizer.json").exists():
+        folder, fresh = self.folder / "tokenizer", self.folder / ".tokenizer.new"
+        if self.ranks.first and not folder.exists():
             r = self.recipe
             corpus = corpus_for_tokenizer(r.seed, r.vocab_documents)
-            Tokenizer.train(corpus, self.config.vocab_size, progress=False).save(file)
-        return Tokenizer.load(file)
+            shutil.rmtree(fresh, ignore_errors=True)
+            Tokenizer.train(corpus, self.config.vocab_size, progress=False).save(fresh)
+            fresh.rename(folder)
+        self.ranks.wait()
+        return Tokenizer.load(folder)
 
     # ------------------------------------------------------------ one step
 
-    def loss(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, float], Any]:
-        """The training loss of one batch, its parts, and what each router did."""
-        r, net = self.recipe, self.net
-        stage, step = r.at(self.step)
-        nx = TRAIN_QAT if step >= stage.steps - stage.qat_steps else TRAIN
-        run = net.start(ids, nx)
-        run.balance = []
-        streams = net.trunk(run)
-        main = self._token_loss(streams[:, :-1], ids[:, 1:], weights[:, 1:], run, net.logits)
-        total, parts = main, {"loss": main.item()}
-        if net.mtp and stage.mtp_weight:
-            ahead = net.mtp_streams(streams, run)[:, :-1]
-            mtp = self._token_loss(ahead, ids[:, 2:], weights[:, 2:], run, net.mtp_logits)
-            total = total + stage.mtp_weight * mtp
-            parts["mtp"] = mtp.item()
-        for scores, chosen in run.balance:
-            share = torch.bincount(chosen.flatten(), minlength=scores.shape[1]) / chosen.numel()
-            wanted = (scores / scores.sum(-1, keepdim=True)).mean(0)
-            total = total + r.balance_weight * scores.shape[1] * (share * wanted).sum()
-        return total, parts, run.balance
-
-    @staticmethod
-    def _token_loss(
-        streams: Tensor, targets: Tensor, weights: Tensor, run: Any, head: Any
-    ) -> Tensor:
-        """Mean cross-entropy over the tokens that count; only their logits are computed."""
-        at = weights.flatten().nonzero().squeeze(1)
-        logits = head(streams.flatten(0, 1)[at], run)
-        losses = F.cross_entropy(logits, targets.flatten()[at], reduction="none")
-        w = weights.flatten()[at]
-        return (losses * w).sum() / w.sum().clamp_min(1.0)
-
-    def train_step(self, ids: Tensor, weights: Tensor) -> dict[str, float]:
-        """One update; returns what is worth logging. TrainingError when the loss is not finite."""
+    def objective(self) -> Objective:
+        """What the present step minimises."""
         r = self.recipe
-        total, parts, routed = self.loss(ids, weights)
-        if not math.isfinite(parts["loss"]):
-            raise TrainingError(
-                f"the loss is {parts['loss']} at step {self.step}",
-                hint="lower lr; the last good state is in state.pt",
-            )
-        total.backward()
-        trained = [p for p in self.net.parameters() if p.requires_grad]
-        for p in trained:  # experts that saw no token
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        norm = torch.nn.utils.clip_grad_norm_(trained, r.grad_clip)
-        stage, step = r.at(self.step)
-        self.optim.step(stage.lr_factor(step))
-        for p in trained:
-            p.grad = None
-        worst = 1.0
+        stage, number = r.at(self.step)
+        return Objective(
+            mtp_weight=stage.mtp_weight,
+            balance_weight=r.balance_weight,
+            attention=stage.attention,
+            index_weight=r.index_weight,
+            qat=number >= stage.steps - stage.qat_steps,
+            recompute=r.recompute,
+            dtype=DTYPES[r.dtype],
+        )
+
+    def train_step(self, log: RunLog) -> dict[str, Any] | None:
+        """One update, or a return to an earlier step after a spike (None then).
+
+        Returns what the step has to show; more of it when its log line is due. TrainingError when
+        the loss is not finite and going back has not helped.
+        """
+        r = self.recipe
+        if r.at(self.step)[1] == 0:
+            self.spikes.losses.clear()
+        began = time.perf_counter()
+        batch, objective = self._coming(0), self.objective()
+        parts, loads = self._gradients(batch, objective)
+        gradients = {  # zero for experts without a token
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in self.net.named_parameters()
+            if p.requires_grad and objective.trains(name)
+        }
+        self.ranks.sum_gradients(gradients)
+        norm = self.ranks.norm(gradients)
+        if self._is_spike(parts["loss"] if math.isfinite(norm) else norm, log):
+            self.net.zero_grad()
+            return None
+        line_due = (self.step + 1) % r.log_every == 0
+        sizes, updates = GroupRMS(), GroupRMS()
+        for name, p in self.net.named_parameters():
+            p.grad = gradients.get(name)
+            if p.grad is not None:
+                if line_due:
+                    sizes.add(name, p.grad)
+                p.grad.mul_(min(1.0, r.grad_clip / (norm + 1e-6)))
+        self.optim.step(r.lr_at(self.step), updates.add if line_due else None)
+        self.ranks.tell_updates(self.net)
+        self.net.zero_grad()
+        if objective.attention != "warmup":
+            self._balance(loads)
+        self.spikes.add(parts["loss"])
+        shown: dict[str, Any] = {}
+        if line_due:
+            shown = {"grad_rms": sizes.values(), "update_rms": updates.values()}
+            shown |= probe(self.net, self.ranks.parts(batch)[0], objective.numerics)
+        self._ahead.popleft()
+        self.step += 1
+        self.tokens += batch.ids.numel()
+        took = time.perf_counter() - began
+        self.seconds += took
+        worst = max((float(n.max() / n.float().mean()) for n in loads), default=1.0)
+        parts |= {"grad_norm": norm, "worst_load": worst}
+        self.averages.add(parts | {"tokens": float(batch.ids.numel()), "took": took}, loads)
+        return shown
+
+    def _gradients(
+        self, batch: Batch, objective: Objective
+    ) -> tuple[dict[str, float], list[Tensor]]:
+        """Losses and each router's tokens per expert, of the whole batch; this rank's share of
+        the gradients is left in ``grad``."""
+        parts = self.ranks.parts(batch, self.recipe.tokens_per_pass)
+        chosen: Sequence[list[Tensor] | None] = self._routes() or [None] * len(parts)
+        values: dict[str, float] = defaultdict(float)
+        loads = [torch.zeros(self.config.n_routed_experts, dtype=torch.int64) for _ in self.gates]
+        for part, each in zip(parts, chosen, strict=True):
+            share = Shares.of(part, batch)
+            total, some, used = losses(self.net, *part, objective, each, share)
+            total.backward()
+            for name, value in some.items():
+                values[name] += value
+            for load, n in zip(loads, used, strict=True):
+                load += n
+        counts = [n for load in loads for n in load.tolist()]
+        sums = self.ranks.summed([*values.values(), *counts])
+        summed = torch.tensor(sums[len(values) :], dtype=torch.int64)
+        return dict(zip(values, sums, strict=False)), list(summed.view(len(loads), -1))
+
+    def _balance(self, loads: list[Tensor]) -> None:
+        """Move the routers' biases towards even loads."""
         with torch.no_grad():
-            for gate, (_, chosen) in zip(self.gates, routed, strict=True):
+            for gate, load in zip(self.gates, loads, strict=True):
                 assert gate.bias is not None
-                load = torch.bincount(chosen.flatten(), minlength=len(gate.bias)).float()
-                gate.bias += r.bias_update * torch.sign(load.mean() - load)
-                worst = max(worst, float(load.max() / load.mean()))
-        return parts | {"grad_norm": float(norm), "worst_load": worst}
+                gate.bias += self.recipe.bias_update * torch.sign(load.float().mean() - load)
+
+    # ------------------------------------------------------------ spikes
+
+    def _is_spike(self, loss: float, log: RunLog) -> bool:
+        """Whether this step is given up and the run is back at an earlier one.
+
+        A spike while routing is already anticipatory is let pass, unless it is not finite.
+        """
+        r = self.recipe
+        if not self.spikes.is_spike(loss):
+            return False
+        event = {"event": "spike", "step": self.step, "loss": str(loss)}
+        if self.step < self.anticipate_until:
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {self.step}, again after going back",
+                    expected="a number",
+                    got=loss,
+                    hint="lower lr or raise warmup; the last good state is in "
+                    f"{self.checkpoints.folder}",
+                )
+            log.write(event)
+            return False
+        event["limit"] = str(self.spikes.limit())
+        until = self.step + r.anticipate_steps
+        regular = self.checkpoints.regular()
+        enough = [s for s in regular if s <= self.step - r.rollback] or regular[:1]
+        self._load(enough[-1], self.checkpoints.facts(enough[-1]))
+        self.checkpoints.drop_after(self.step)
+        self.anticipate_until = until
+        log.write(event | {"back_to": self.step, "anticipate_until": until})
+        return True
+
+    def _routes(self) -> list[list[Tensor]] | None:
+        """This step's experts, pass by pass, chosen ``anticipate_delay`` steps ago; or None.
+
+        When anticipation begins, the first steps share the parameters it begins with.
+        """
+        r = self.recipe
+        end = min(self.anticipate_until, r.steps)
+        if self.step >= end:
+            return None
+        while len(self.routes) <= r.anticipate_delay and self.step + len(self.routes) < end:
+            parts = self.ranks.parts(self._coming(len(self.routes)), r.tokens_per_pass)
+            objective = self.objective()
+            self.routes.append(
+                [routes(self.net, part.ids, part.lengths, objective) for part in parts]
+            )
+        return self.routes.popleft()
 
     # ------------------------------------------------------------ the run
 
     def data(self) -> Iterator[Batch]:
         """Batches from the present step on."""
         r, end = self.recipe, 0
-        length = ramp(r.first_length, r.last_length, r.ramp_steps)
         for stage in r.stages:
             begin, end = max(end, self.step), end + stage.steps
             if begin < end:
-                yield from islice(
-                    batches(
-                        self.tokenizer,
-                        r.seed,
-                        r.tokens_per_batch,
-                        length,
-                        begin,
-                        weights=stage.shares or None,
-                    ),
-                    end - begin,
-                )
+                stream = batches(
+                    self.tokenizer, r.seed, r.tokens_at, r.length_at, begin,
+                    weights=stage.shares or None,
+                )  # fmt: skip
+                yield from islice(stream, end - begin)
+
+    def _coming(self, ahead: int) -> Batch:
+        """The batch of the present step, or of one after it."""
+        while len(self._ahead) <= ahead:
+            self._ahead.append(next(self._stream))
+        return self._ahead[ahead]
 
     def train(self) -> None:
-        """Go on until ``steps``; Ctrl-C or SIGTERM saves and stops. Exports at the end."""
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        """Go on to the last step and export. SIGINT or SIGTERM ends the step, saves and returns;
+        a second one ends at once, and the last checkpoint counts."""
         r = self.recipe
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        saved = time.monotonic()
-        window: list[dict[str, float]] = []
-        stream = self.data()
-        with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("training", total=r.steps, completed=self.step)
-            log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        with self._signals() as stopped, Show(
+            self.folder, r.steps, self.step, self.tensorboard and self.ranks.first
+        ) as show:
+            log = RunLog(self.folder, self._position, self.ranks)
             try:
+                if not self.resumed:
+                    log.write({"event": "start", "recipe": asdict(r), "differs": changes(r)})
+                    self.save(log)
                 while self.step < r.steps:
-                    began = time.perf_counter()
-                    ids, weights, _ = next(stream)
-                    window.append(self.train_step(ids, weights))
-                    self.step += 1
-                    self.tokens += ids.numel()
-                    took = time.perf_counter() - began
-                    self.seconds += took
-                    window[-1]["tokens_per_s"] = ids.numel() / took
-                    if self.step % r.log_every == 0:
-                        stage, step = r.at(self.step - 1)
-                        mean = {
-                            k: sum(w[k] for w in window if k in w) / len(window) for k in window[-1]
-                        }
-                        window.clear()
-                        line = {
-                            "step": self.step,
-                            "tokens": self.tokens,
-                            "seconds": round(self.seconds, 1),
-                            "lr": r.lr * stage.lr_factor(step),
-                        } | {k: round(v, 5) for k, v in mean.items()}
-                        log.write(json.dumps(line) + "\n")
-                        log.flush()
-                        text = f"loss {mean['loss']:.3f}  {mean['tokens_per_s']:.0f} tok/s"
-                        bar.update(task, description=text)
-                    bar.update(task, completed=self.step)
-                    if time.monotonic() - saved > 60 * r.checkpoint_minutes:
-                        self.save()
-                        saved = time.monotonic()
-            except KeyboardInterrupt:
-                print("stopped; the same command goes on from here", file=sys.stderr)
-                return
+                    shown = self.train_step(log)
+                    show.step(self.step)
+                    if shown is not None and self.step % r.log_every == 0:
+                        line = rounded(self._line() | shown)
+                        log.write(line)
+                        show.line(line)
+                    stop = self.ranks.any(bool(stopped))
+                    if stop or self.step % r.checkpoint_every == 0 or self.step == r.steps:
+                        self.save(log)
+                    if stop and self.step < r.steps:
+                        print("stopped; the same command goes on from here", file=sys.stderr)
+                        return
+            except OSError as e:
+                raise TrainingError(
+                    f"cannot write into {self.folder}",
+                    expected="a writable disk with some space",
+                    got=e,
+                    hint="free some space and give the same command again",
+                ) from e
             finally:
                 log.close()
-                self.save()
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-        self.export()
+        if self.ranks.first:
+            self.export()
+
+    def _line(self) -> dict[str, Any]:
+        """The log line of the steps since the last one."""
+        means, loads = self.averages.take()
+        speed = means.pop("tokens") / means.pop("took")
+        names = [
+            name.removesuffix(".ffn.gate")
+            for name, module in self.net.named_modules()
+            if module in self.gates
+        ]
+        line: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        line |= {"lr": self.recipe.lr_at(self.step - 1)} | means
+        return line | {"tokens_per_s": speed, "load": dict(zip(names, loads, strict=True))}
+
+    @contextmanager
+    def _signals(self) -> Iterator[list[int]]:
+        """The signals to stop that have come; the second one interrupts."""
+        came: list[int] = []
+
+        def stop(number: int, _: object) -> None:
+            if came:
+                raise KeyboardInterrupt
+            came.append(number)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield came
+            return
+        handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield came
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     # ------------------------------------------------------------ files
 
-    def save(self) -> None:
-        """Write ``state.pt`` whole or not at all."""
-        state = {
-            "step": self.step,
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name."""
+        return (
+            _named_model(self.net)
+            | {f"optim.{name}": t for name, t in self.optim.state.items()}
+            | {
+                f"routes.{self.ranks.rank}.{ahead}.{part}.{gate}": t
+                for ahead, parts in enumerate(self.routes)
+                for part, gates in enumerate(parts)
+                for gate, t in enumerate(gates)
+            }
+        )
+
+    def save(self, log: RunLog) -> None:
+        """Make a checkpoint of the present step, unless there is one."""
+        if self.step == self._saved:
+            return
+        facts = {
+            "config": fingerprint(self.config.to_dict()),
+            "past": self.recipe.past(self.step),
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "config": self.config.to_dict(),
-            "model": self.net.state_dict(),
-            "optim": self.optim.state_dict(),
+            "losses": list(self.spikes.losses),
+            "averages": self.averages.state(),
+            "anticipate_until": self.anticipate_until,
+            "routes": len(self.routes),
+            "ranks": self.ranks.size,
+            "log": log.position(),
         }
-        fresh = self.folder / "state.pt.new"
-        with fresh.open("wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        fresh.replace(self.folder / "state.pt")
+        self.checkpoints.save(self.step, self._tensors(), facts)
+        self._saved = self.step
 
     def _resume(self) -> bool:
-        file = self.folder / "state.pt"
-        if not file.exists():
-            return False
-        try:
-            state = torch.load(file, weights_only=True)
-        except Exception as e:
+        """Take the newest checkpoint that is whole, if any."""
+        damaged: dict[int, TrainingError] = {}
+        for step in reversed(self.checkpoints.steps()):
+            try:
+                facts = self.checkpoints.facts(step)
+            except TrainingError as e:
+                damaged[step] = e
+                continue
+            if facts["config"] != fingerprint(self.config.to_dict()):
+                raise TrainingError(
+                    f"{self.folder} is a run of another model",
+                    expected="the recipe's configuration",
+                    hint="give another --out folder",
+                )
+            past = self.recipe.past(step)
+            changed = [k for k in past if past[k] != facts["past"].get(k)]
+            if changed:
+                raise TrainingError(
+                    f"{self.folder} was trained to step {step} by another recipe",
+                    expected="the same values up to there; stages to come may differ",
+                    got=f"others in {', '.join(changed)}",
+                    hint="give another --out folder, or put the change into a new stage",
+                )
+            for later, why in damaged.items():
+                self.checkpoints.put_aside(later)
+                if self.ranks.first:
+                    print(f"{why}\n  going on from step {step}", file=sys.stderr)
+            self._load(step, facts)
+            return True
+        if damaged:
             raise TrainingError(
-                f"{file} cannot be read", got=e, hint="delete it to start over"
-            ) from e
-        if state["config"] != self.config.to_dict():
-            raise TrainingError(
-                f"{file} is a run of another model",
-                expected="the recipe's configuration",
-                hint="give another --out folder",
+                f"no checkpoint in {self.checkpoints.folder} can be used",
+                expected="at least one that is whole",
+                got="\n".join(map(str, damaged.values())),
+                hint="delete that folder to start over",
             )
-        self.net.load_state_dict(state["model"])
-        self.optim.load_state_dict(state["optim"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        return True
+        return False
+
+    def _load(self, step: int, facts: dict[str, Any]) -> None:
+        self.step = self._saved = step
+        self._ahead.clear()
+        self._stream = self.data()
+        # of other parts of the batches they are of no use, and made anew
+        kept = facts["routes"] if facts["ranks"] == self.ranks.size else 0
+        self.routes = deque(self._blank_routes(ahead) for ahead in range(kept))
+        self.checkpoints.load(step, self._tensors())
+        self.tokens, self.seconds = facts["tokens"], facts["seconds"]
+        self.spikes.losses.clear()
+        self.spikes.losses.extend(facts["losses"])
+        self.averages = Averages(facts["averages"])
+        self.anticipate_until = facts["anticipate_until"]
+        self._position = facts["log"]
+
+    def _blank_routes(self, ahead: int) -> list[list[Tensor]]:
+        """As many zeros as the routes of a coming step."""
+        blank = []
+        for part in self.ranks.parts(self._coming(ahead), self.recipe.tokens_per_pass):
+            rows = [part.ids.numel()] * len(self.gates)
+            if self.net.mtp:
+                rows[-1] -= len(part.lengths)  # its gate sees the tokens that have a successor
+            k = self.config.num_experts_per_tok
+            blank.append([torch.zeros(n, k, dtype=torch.int64) for n in rows])
+        return blank
 
     def export(self) -> None:
         """Write ``parent/`` (BF16) and ``model/`` (official instruct format)."""
-        export(self.net, self.folder / "parent", _float_config(self.config), self.tokenizer)
-        export(self.net, self.folder / "model", self.config, self.tokenizer)
+        net = self.net
+        if self.ranks.size > 1:  # this rank may hold but a part; the last checkpoint is whole
+            net = Transformer(self.config)
+            net.init_weights(self.recipe.seed)
+            self.checkpoints.load(self.step, _named_model(net), alone=True)
+        export(net, self.folder / "parent", _float_config(self.config), self.tokenizer)
+        export(net, self.folder / "model", self.config, self.tokenizer)
+
+
+def _named_model(net: Transformer) -> dict[str, Tensor]:
+    return {f"model.{name}": t for name, t in net.state_dict().items()}
 
 
 def _float_config(config: V4Config) -> V4Config:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..model import Gate, Numerics, Pass, Transformer
+from .data import Batch
 
 ATTENTION = ("dense", "warmup", "sparse")
 
@@ -67,6 +69,31 @@ class Objective:
         return self.attention != "warmup"
 
 
+class Shares(NamedTuple):
+    """What share of a whole batch its part has: of the weights that count for the next token, of
+    those that count for MTP, of the tokens, and of the tokens with a successor."""
+
+    loss: float = 1.0
+    mtp: float = 1.0
+    tokens: float = 1.0
+    followed: float = 1.0
+
+    @classmethod
+    def of(cls, part: Batch, whole: Batch) -> Shares:
+        """The shares of some samples of a batch."""
+        if part is whole:
+            return cls()
+        pairs = zip(_sizes(part), _sizes(whole), strict=True)
+        return cls(*(a / b if b else 0.0 for a, b in pairs))
+
+
+def _sizes(batch: Batch) -> tuple[float, float, float, float]:
+    place = torch.cat([torch.arange(n) for n in batch.lengths])
+    weights = batch.weights.flatten().double()
+    next_token, mtp = (float(weights[place >= first].sum()) for first in (1, 2))
+    return next_token, mtp, len(place), len(place) - len(batch.lengths)
+
+
 def losses(
     net: Transformer,
     ids: Tensor,
@@ -74,6 +101,7 @@ def losses(
     lengths: Sequence[int] | None,
     objective: Objective,
     routes: Sequence[Tensor] | None = None,
+    shares: Shares | None = None,
 ) -> tuple[Tensor, dict[str, float], list[Tensor]]:
     """The loss of one batch, its parts for the log, and what each router did.
 
@@ -82,8 +110,11 @@ def losses(
     target, nor its second one of MTP. ``routes``, from the function of that name, decide which
     experts the tokens go to. Parts: ``loss``, ``mtp``, ``balance``, and ``index``, the mean
     divergence of an indexer in nats. Last comes the number of tokens of each expert, ``[E]`` for
-    each learned gate in the order of ``learned_gates``.
+    each learned gate in the order of ``learned_gates``. With ``shares`` the batch is a part of a
+    larger one, and losses and gradients are its contributions: summed over the parts they are
+    those of the whole.
     """
+    shares = shares or Shares()
     gates = learned_gates(net)
     run = _start(net, ids, lengths, objective)
     if routes is not None:
@@ -99,25 +130,30 @@ def losses(
     next_at = ((wanted > 0) & (place >= 1)).nonzero().squeeze(1)
     ahead_at = ((wanted > 0) & (place >= 2)).nonzero().squeeze(1)
     owners = [sample] * len(gates)  # the sample of each token that a gate saw
+    seen = [shares.tokens] * len(gates)  # the share of these tokens in all that it sees
     with _trainable(net, objective):
         streams = net.trunk(run)
-        total = _token_loss(streams, next_at - 1, next_at, run, wanted, net.logits)
+        total = shares.loss * _token_loss(streams, next_at - 1, next_at, run, wanted, net.logits)
         parts = {"loss": total.item()}
         if net.mtp and objective.mtp_weight:
             ahead = net.mtp_streams(streams, run)
-            owners[-1] = sample[place >= 1]  # as many as have a successor
+            # as many have a successor
+            owners[-1], seen[-1] = sample[place >= 1], shares.followed
             mtp = _token_loss(
                 ahead, ahead_at - 2 - sample[ahead_at], ahead_at, run, wanted, net.mtp_logits
             )
+            mtp = shares.mtp * mtp
             total = total + objective.mtp_weight * mtp
             parts["mtp"] = mtp.item()
     assert run.balance is not None
-    done = list(zip(run.balance, owners, strict=False))  # the MTP block may have been left out
-    balance = sum((_balance(*each, owner) for each, owner in done), start=total.new_zeros(()))
+    done = list(zip(run.balance, owners, seen, strict=False))  # perhaps without the MTP block
+    balance = sum(
+        (share * _balance(*each, owner) for each, owner, share in done), start=total.new_zeros(())
+    )
     total = total + objective.balance_weight * balance
     parts["balance"] = balance.item()
     if run.index_losses:
-        index = torch.stack(run.index_losses).sum()
+        index = shares.tokens * torch.stack(run.index_losses).sum()
         total = total + objective.index_weight * index
         parts["index"] = index.item() / len(run.index_losses)
     loads = [torch.zeros_like(gate.weight[:, 0], dtype=torch.int64) for gate in gates]

@@ -1,0 +1,10 @@
+"""``python -m dsv4.train RECIPE``, for launchers such as torchrun."""
+
+from ..errors import DSV4Error
+from .launch import train_app
+
+if __name__ == "__main__":
+    try:
+        train_app()
+    except DSV4Error as e:
+        raise SystemExit(str(e)) from e

@@ -1,0 +1,88 @@
+"""``dsv4 train``: run a recipe, plot a run. ``python -m dsv4.train`` is the same program."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _RunByDefault(TyperGroup):
+    """``dsv4 train RECIPE`` means ``dsv4 train run RECIPE``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+train_app = typer.Typer(
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    help="Train a model by a recipe ([bold]dsv4 train RECIPE[/bold]), or plot how it went.",
+)
+
+
+@train_app.command("run")
+def train_run(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file such as recipes/v4-nano.toml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default runs/NAME-OF-THE-RECIPE.")
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option(help="Write RUN/tensorboard too; needs dsv4[watch].")
+    ] = False,
+    expert_parallel: Annotated[
+        int, typer.Option(help="Divide the routed experts over so many processes of torchrun.")
+    ] = 1,
+) -> None:
+    """Train a model by a recipe; the same command again goes on where it stopped.
+
+    Ctrl-C ends the step, saves and stops. The folder holds log.jsonl, checkpoints/ and, at the
+    end, parent/ (the float model) and model/ (official FP4 + FP8 format), which every other
+    command takes. Whatever kills it, nothing but the steps since the last checkpoint is lost.
+
+    \b
+      dsv4 train recipes/v4-nano.toml
+      dsv4 train plot runs/v4-nano
+      dsv4 chat runs/v4-nano/model
+      torchrun --nproc-per-node 2 -m dsv4.train recipes/v4-nano.toml
+    """
+    from .distributed import Ranks
+    from .loop import Run
+    from .recipes import Recipe, changes
+
+    folder = out or Path("runs") / recipe.stem
+    what = Recipe.read(recipe)
+    with Ranks(expert_parallel) as ranks, Run(what, folder, ranks, tensorboard) as run:
+        if ranks.first:
+            counts = run.config.parameter_counts()
+            print(
+                f"{folder}: {counts.total / 1e6:.1f}M parameters, "
+                f"{counts.active / 1e6:.1f}M active; step {run.step} of {run.recipe.steps}",
+                file=sys.stderr,
+            )
+            for line in changes(run.recipe):
+                print(f"  not the report's: {line}", file=sys.stderr)
+        run.train()
+
+
+@train_app.command("plot")
+def train_plot(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; default RUN/plots.")
+    ] = None,
+) -> None:
+    """Draw a run's log: PNG files of loss, routing, gradients and updates, mixing, drafts.
+
+    \b
+      dsv4 train plot runs/v4-nano
+    """
+    from .plots import plot
+
+    for file in plot(run, out or run / "plots"):
+        print(file)

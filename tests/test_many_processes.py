@@ -1,0 +1,95 @@
+"""Two processes train the model that one trains, however samples and experts are divided."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dsv4
+from dsv4.train.distributed import Ranks, divided
+from dsv4.train.runfiles import read_log
+
+TOML = """
+dtype = "float32"
+vocab_documents = 50
+lr = 1e-3
+log_every = 1
+checkpoint_every = 1000
+tokens_per_batch = 768
+length = 96
+shares = { number_facts = 1 }
+[model]
+vocab_size = 384
+hidden_size = 128
+num_hidden_layers = 2
+num_attention_heads = 2
+head_dim = 64
+qk_rope_head_dim = 32
+n_routed_experts = 4
+num_experts_per_tok = 2
+index_n_heads = 2
+compress_ratios = [4, 128, 0]
+moe_intermediate_size = 128
+q_lora_rank = 64
+o_lora_rank = 64
+o_groups = 1
+"""
+
+
+def train(folder: Path, stages: list[int], processes: int, experts: int) -> list[float]:
+    """The loss of every step, over stages of so many."""
+    folder.mkdir(exist_ok=True)
+    recipe = folder / "recipe.toml"
+    recipe.write_text(TOML + "".join(f"[[stages]]\nsteps = {n}\n" for n in stages))
+    program = ["-m", "dsv4.train", str(recipe), "--out", str(folder / "run")]
+    started = []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for rank in range(processes):
+        more = {"RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+        more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, *program, "--expert-parallel", str(experts)]
+        started.append(subprocess.Popen(command, env=os.environ | more))
+    assert [p.wait() for p in started] == [0] * processes
+    return [line["loss"] for line in read_log(folder / "run") if "loss" in line]
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_of_one_and_two_processes_agree(tmp_path: Path) -> None:
+    """Samples divided; samples and experts; and both over a mesh of two by two (for a while)."""
+    alone = train(tmp_path / "alone", [100], 1, 1)
+    assert len(alone) == 100 and alone[-1] < alone[0] / 2
+    for processes, experts, steps in ((2, 1, 100), (2, 2, 100), (4, 2, 20)):
+        losses = train(tmp_path / f"{processes}-{experts}", [steps], processes, experts)
+        apart = max(abs(a - b) for a, b in zip(alone[:steps], losses, strict=True))
+        assert apart < 1e-5, (processes, experts, apart)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Checkpoints do not know how many made them."""
+    whole = train(tmp_path / "whole", [2, 2, 2], 1, 1)
+    folder = tmp_path / "changed"
+    train(folder, [2], 2, 2)
+    train(folder, [2, 2], 1, 1)
+    assert train(folder, [2, 2, 2], 2, 1) == pytest.approx(whole, abs=1e-5)
+    exported = (folder / "run" / "parent" / "model.safetensors").stat().st_size
+    assert exported == (tmp_path / "whole/run/parent/model.safetensors").stat().st_size
+
+
+def test_work_is_divided_evenly() -> None:
+    sizes = [7, 1, 1, 5, 4, 4, 2, 3]
+    owner = divided(sizes, 3)
+    sums = [sum(s for s, o in zip(sizes, owner, strict=True) if o == part) for part in range(3)]
+    assert sum(sums) == sum(sizes) and max(sums) - min(sums) <= 1
+
+
+def test_experts_that_do_not_divide_the_processes_are_refused() -> None:
+    with pytest.raises(dsv4.TrainingError, match="a divisor of the 1 processes"):
+        Ranks(experts=2)
