@@ -1,0 +1,68 @@
+"""The planner's figures. matplotlib is optional: ``pip install 'dsv4[plot]'``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from .efficiency import efficiency
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"v3.2": "#9aa0a6", "pro": "#1f4e9c", "flash": "#e07b00"}
+NAMES = {"v3.2": "DeepSeek-V3.2", "pro": "DeepSeek-V4-Pro", "flash": "DeepSeek-V4-Flash"}
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ConfigError(
+            "plots need matplotlib", got="not installed", hint="pip install 'dsv4[plot]'"
+        ) from e
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure; the ending decides the format (png, svg, pdf)."""
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"cannot write the plot {path}", expected="a .png, .svg or .pdf file", got=e
+        ) from e
+
+
+def plot_efficiency(path: str | Path, context: int, weights: dict[str, float]) -> None:
+    """FLOPs per token and KV cache over position, up to ``context``: the report's figure 1."""
+    figure = _figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    points = sorted({max(1, context * i // 32) for i in range(1, 33)})
+    reports = [efficiency(n, weights)["models"] for n in points]
+    for axes, key, unit, label, claim in (
+        (left, "flops", 1e12, "FLOPs of one token (T, FP8-equivalent)", "lower"),
+        (right, "kv_bytes", 1e9, "KV cache of one sequence (GB)", "smaller"),
+    ):
+        for name in NAMES:
+            values = [report[name][key] / unit for report in reports]
+            axes.plot([n / 1024 for n in points], values, color=COLOURS[name], label=NAMES[name])
+            if name != "v3.2":
+                times = reports[-1]["v3.2"][key] / reports[-1][name][key]
+                _label(axes, context / 1024, values[-1], f"{times:.1f}x {claim}", COLOURS[name])
+        axes.set_xlabel("position in the sequence (K tokens)")
+        axes.set_ylabel(label)
+        axes.set_xlim(0, context / 1024)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False)
+    save(figure, path)
+
+
+def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    axes.annotate(
+        text, (x, y), (-4, 5), textcoords="offset points", ha="right", color=colour, fontsize=9
+    )
+
