@@ -13,6 +13,7 @@ from .app import Json, app, human, packaged
 
 if TYPE_CHECKING:
     from ..config import V4Config
+    from ..planner.hardware import Machine
 
 plan_app = typer.Typer(
     help="What a V4 model costs, where it fits, what a fleet of servers does.",
@@ -140,3 +141,181 @@ def efficiency_command(
 
 def _giga(flops: float) -> str:
     return f"{flops / 1e9:,.2f}" if flops > 1e9 else f"{flops / 1e9:.4f}"
+
+
+@plan_app.command("fit")
+def fit_command(
+    model: Annotated[str, typer.Option(help="flash, pro, v4-nano, or a checkpoint folder.")],
+    hardware: Annotated[
+        str, typer.Option(help='"8xH100-80G", "M3-Ultra-512", "2xRTX-5090-32G+256" or "this".')
+    ] = "this",
+    context: Annotated[str, typer.Option(help="Tokens of each user: 131072, 128k, 1m.")] = "8k",
+    users: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="instruct, fp8, base, bf16, q4, q2. Default: as stored."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Predict for: sglang, ds4, llama.cpp, dsv4, ...")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="US$ a month for the machine.", show_default=False)
+    ] = None,
+    prompt_per_output: Annotated[
+        float, typer.Option(help="Prompt tokens per output token, for costs.")
+    ] = 4.0,
+    hits: Annotated[float, typer.Option(help="Share of them found in the prefix cache.")] = 0.5,
+    busy: Annotated[float, typer.Option(help="Share of the month the machine works.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Does a model fit on a machine, how fast will it be, what limits it, what does it cost?
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 plan fit --model flash --context 128k --users 8 --hardware 8xH100-80G
+      dsv4 plan fit --model flash --hardware M3-Ultra-512 --quantization q2
+      dsv4 plan fit --model v4-nano --hardware this
+    """
+    from ..planner.fit import Use, fit
+    from ..planner.hardware import machine
+
+    on = this_machine() if hardware == "this" else machine(hardware)
+    report = fit(
+        Path(model).name,
+        model_config(model),
+        on,
+        tokens(context),
+        users,
+        quantization=quantization,
+        engine_name=engine,
+        month=price,
+        use=Use(prompt_per_output, hits, busy),
+    )
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    colour = "green" if report["fits"] else "yellow" if report["runs"] else "red"
+    console.print(report["statement"], style=colour)
+    if not report["fits"]:
+        console.print(f"What holds it: {', '.join(report['what_fits']) or 'nothing known'}.")
+    sizes = report["bytes"]
+    table = Table(show_header=False, box=None)
+    for key in ("weights", "kv", "workspace", "device_memory"):
+        table.add_row(key.replace("_", " "), human(int(sizes[key])))
+    if report["runs"]:
+        place, decode, prefill = report["placement"], report["decode"], report["prefill"]
+        table.add_row("experts", _where(place))
+        table.add_row("split", place["split"])
+        table.add_row(
+            f"decode, {users} users" if users > 1 else "decode",
+            f"{decode['tokens_per_second']:,.1f} tok/s, bound by {decode['binding']}",
+        )
+        table.add_row(
+            f"prefill of {report['context']:,}",
+            f"{prefill['tokens_per_second']:,.0f} tok/s ({prefill['seconds_to_first_token']:,.2f}"
+            f" s), bound by {prefill['binding']}",
+        )
+    for label, text in _costs(report["cost"]):
+        table.add_row(label, text)
+    console.print(table)
+    if len(report.get("splits", [])) > 1:
+        table = Table(box=SIMPLE_HEAD)
+        for column in ("split", "fullest device", "fits"):
+            table.add_column(column)
+        for row in report["splits"]:
+            fits = "yes" if row["fits"] else "no"
+            table.add_row(row["split"], human(int(row["device_bytes"])), fits)
+        console.print(table)
+    console.print(f"Speeds are predictions for {report['engine']}; dsv4 plan check tests them.")
+
+
+def _where(place: dict[str, Any]) -> str:
+    shares = (("experts_on_device", "on the devices"), ("experts_in_host_memory", "in host memory"),
+              ("experts_on_ssd", "on the SSD"))  # fmt: skip
+    return ", ".join(f"{place[key]:.0%} {where}" for key, where in shares if place[key])
+
+
+def _costs(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if cost["month"] is not None:
+        rows.append(("cost", f"${cost['month']:,.0f} a month"))
+    if "output_tokens_a_month" in cost:
+        most = f"at most {cost['output_tokens_a_month'] / 1e6:,.0f}M output tokens a month"
+        paid = cost.get("per_million_output")
+        rows.append(("output", most if paid is None else f"{most}, ${paid:,.2f} a million"))
+    if "api_per_million_output" in cost:
+        rows.append(("hosted API", f"${cost['api_per_million_output']:,.2f} for as much"))
+    if "break_even_output_tokens_a_month" in cost:
+        even = cost["break_even_output_tokens_a_month"] / 1e6
+        reached = "within reach" if cost["break_even_reached"] else "more than it can make"
+        rows.append(("break-even", f"{even:,.0f}M output tokens a month: {reached}"))
+    return rows
+
+
+def this_machine() -> Machine:
+    """The machine we are on: a known card by its name, or this CPU as measured."""
+    import os
+
+    import torch
+
+    from ..bench import measure_machine
+    from ..planner.hardware import Device, Machine, devices
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0)
+        words = set(name.upper().replace("-", " ").split())
+        for device in devices().values():
+            if set(device.name.upper().split("-")[:-1]) <= words:
+                return Machine(device, torch.cuda.device_count())
+        raise ConfigError(
+            "this machine's card is not in hardware.toml", expected="a known one", got=name,
+            hint="name the nearest: --hardware RTX-5090-32G",
+        )  # fmt: skip
+    measured = measure_machine(torch.get_num_threads())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        Device(
+            name=measured["cpu"],
+            memory=memory / 1e9,
+            bandwidth=measured["stream_read_gb_per_s"],
+            bf16=max(measured["bf16_tflop_per_s"], measured["f32_tflop_per_s"]),
+            engine="dsv4",
+            source="measured now",
+        )
+    )
+
+
+@plan_app.command("check")
+def check_command(as_json: Json = False) -> None:
+    """Published measurements beside what this planner predicts for them."""
+    from ..planner.fit import median_error, published
+
+    rows = list(published())
+    errors = {key: median_error(rows, key) for key in ("decode", "prefill")}
+    if as_json:
+        print(json.dumps({"results": rows, "median_error": errors}, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="tokens per second: measured, predicted, error", box=SIMPLE_HEAD)
+    for column in ("", "decode", "prefill"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(row["what"], *(_compared(row, key) for key in ("decode", "prefill")))
+    table.add_row("median of errors", *(f"{errors[key]:.0%}" for key in errors))
+    Console().print(table)
+
+
+def _compared(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return ""
+    digits = 0 if row[key] >= 100 else 1
+    predicted = row[f"{key}_predicted"]
+    return f"{row[key]:,.{digits}f} {predicted:,.{digits}f} {row[f'{key}_error']:+.0%}"

@@ -9,7 +9,6 @@ from ..errors import ConfigError
 from .efficiency import efficiency
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = {"v3.2": "#9aa0a6", "pro": "#1f4e9c", "flash": "#e07b00"}
@@ -51,7 +50,12 @@ def plot_efficiency(path: str | Path, context: int, weights: dict[str, float]) -
             axes.plot([n / 1024 for n in points], values, color=COLOURS[name], label=NAMES[name])
             if name != "v3.2":
                 times = reports[-1]["v3.2"][key] / reports[-1][name][key]
-                _label(axes, context / 1024, values[-1], f"{times:.1f}x {claim}", COLOURS[name])
+                above = name == "pro"
+                axes.annotate(
+                    f"{times:.1f}x {claim}", (context / 1024, values[-1]),
+                    (-6, 5 if above else -6), textcoords="offset points", ha="right",
+                    va="bottom" if above else "top", color=COLOURS[name], fontsize=9,
+                )  # fmt: skip
         axes.set_xlabel("position in the sequence (K tokens)")
         axes.set_ylabel(label)
         axes.set_xlim(0, context / 1024)
@@ -59,10 +63,3 @@ def plot_efficiency(path: str | Path, context: int, weights: dict[str, float]) -
         axes.grid(alpha=0.3)
     left.legend(frameon=False)
     save(figure, path)
-
-
-def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    axes.annotate(
-        text, (x, y), (-4, 5), textcoords="offset points", ha="right", color=colour, fontsize=9
-    )
-
