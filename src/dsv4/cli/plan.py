@@ -13,6 +13,7 @@ from .app import Json, app, human, packaged
 
 if TYPE_CHECKING:
     from ..config import V4Config
+    from ..planner.fleet import RooflineCosts
     from ..planner.hardware import Machine
 
 plan_app = typer.Typer(
@@ -319,3 +320,182 @@ def _compared(row: dict[str, Any], key: str) -> str:
     digits = 0 if row[key] >= 100 else 1
     predicted = row[f"{key}_predicted"]
     return f"{row[key]:,.{digits}f} {predicted:,.{digits}f} {row[f'{key}_error']:+.0%}"
+
+
+@plan_app.command("fleet")
+def fleet_command(
+    model: Annotated[str, typer.Option(help="flash, pro, v4-nano, or a checkpoint folder.")] = (
+        "flash"
+    ),
+    hardware: Annotated[str, typer.Option(help='A node: "8xH200-141G", "this", ...')] = (
+        "8xH200-141G"
+    ),
+    nodes: Annotated[str, typer.Option(help="How many, e.g. 1,100,10000.")] = "1,10,100,1000,10000",
+    rate: Annotated[float, typer.Option(help="Requests a second, for each node.")] = 8.0,
+    message: Annotated[int, typer.Option(help="Tokens a user adds, median.")] = 1000,
+    output: Annotated[int, typer.Option(help="Tokens of an answer, median.")] = 300,
+    turns: Annotated[float, typer.Option(help="Requests of a conversation, mean.")] = 4.0,
+    think: Annotated[float, typer.Option(help="Seconds between them, mean.")] = 20.0,
+    system: Annotated[int, typer.Option(help="Tokens that open every prompt.")] = 0,
+    longest: Annotated[str, typer.Option(help="Longest context, in tokens.")] = "128k",
+    routing: Annotated[str, typer.Option(help="sticky, least (loaded) or random.")] = "sticky",
+    max_running: Annotated[int, typer.Option(help="Requests computed at once by a node.")] = 256,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens of a step.")] = 2048,
+    prefill_share: Annotated[float, typer.Option(help="Share of nodes that only prefill.")] = 0.0,
+    split: Annotated[
+        str | None, typer.Option(help='"TP8", "EP8", "TP4 x PP2": see plan fit.')
+    ] = None,
+    skew: Annotated[float, typer.Option(help="How unequal experts are (0: balanced).")] = 0.0,
+    seconds: Annotated[float, typer.Option(help="Time that is simulated.")] = 60.0,
+    quantization: Annotated[str | None, typer.Option(help="Default: as stored.")] = None,
+    engine: Annotated[str | None, typer.Option(help="sglang, ds4, llama.cpp, dsv4.")] = None,
+    price: Annotated[float | None, typer.Option(help="US$ a month for a node.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same traffic.")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="Requests from a JSONL file.")] = None,
+    measure: Annotated[
+        str | None, typer.Option(help="Replay the trace on the server at this URL, and compare.")
+    ] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Simulate serving, from one node to ten thousand: waiting, throughput, cost.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 plan fleet
+      dsv4 plan fleet --nodes 16 --routing least --prefill-share 0.25
+      dsv4 plan fleet --trace trace.jsonl --measure http://127.0.0.1:8000
+    """
+    from ..planner.fleet import Serving, grow, simulate
+    from ..planner.workload import Workload, read_trace
+
+    serving = Serving(max_running, prefill_chunk, routing, prefill_share)
+    requests = None if trace is None else read_trace(trace)
+    if measure is not None:
+        from ..planner.replay import measure as replay
+
+        if requests is None:
+            raise ConfigError("--measure replays a trace", expected="--trace FILE", got="none")
+        _show_replay(replay(measure, requests, serving), as_json)
+        return
+    counts = _node_counts(nodes, most=64 if requests else None)
+    config, length = model_config(model), tokens(longest)
+    costs, month = _costs_of(
+        config, hardware, engine, quantization, split, skew, max_running, length
+    )
+    month = month if price is None else price
+    if requests is not None:
+        reports = [simulate(requests, costs, serving, replicas=n, month=month) for n in counts]
+    else:
+        workload = Workload(rate, message, output, turns, think, system)
+        reports = grow(
+            workload, costs, length, counts, serving, seconds=seconds, month=month, seed=seed
+        )
+    if plot is not None:
+        from ..planner.plots import plot_fleet
+
+        plot_fleet(plot, reports)
+    if as_json:
+        print(json.dumps({"model": model, "hardware": hardware, "fleets": reports}, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model} on nodes of {hardware}, predicted", box=SIMPLE_HEAD)
+    table.add_column("nodes", no_wrap=True)
+    for report in reports:
+        table.add_column(f"{report['replicas']:,}", justify="right", no_wrap=True)
+    rows = (
+        ("requests/s", "requests_per_second", "{:,.1f}"),
+        ("output tokens/s", "output_tokens_per_second", "{:,.0f}"),
+        ("prompt tokens cached", "cache_hit_rate", "{:.0%}"),
+        ("busy", "busy", "{:.0%}"),
+        ("waiting at the end", "waiting", "{:,}"),
+        ("US$ per M output", "cost_per_million_output", "{:,.2f}"),
+    )
+    for label, key, form in rows:
+        if all(key in report for report in reports):
+            table.add_row(label, *(form.format(report[key]) for report in reports))
+    for label, key in (("TTFT", "ttft"), ("between tokens", "inter_token")):
+        for share in ("p50", "p95", "p99"):
+            values = (f"{1000 * report[key][share]:,.1f}" for report in reports)
+            table.add_row(f"{label} {share}, ms", *values)
+    console = Console()
+    console.print(table)
+    few = max(report["simulated_replicas"] for report in reports)
+    if few < max(counts):
+        console.print(f"{few} nodes are simulated; more are their mean-field limit.")
+
+
+def _node_counts(text: str, most: int | None) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1 or max(counts) > (most or 1_000_000):
+        raise ConfigError(
+            "--nodes",
+            expected=f"numbers from 1 to {most or 1_000_000:,}, such as 1,10,100",
+            got=text,
+            hint="a trace is simulated node by node" if most else None,
+        )
+    return counts
+
+
+def _costs_of(
+    config: V4Config,
+    hardware: str,
+    engine_name: str | None,
+    quantization: str | None,
+    split: str | None,
+    skew: float,
+    users: int,
+    longest: int,
+) -> tuple[RooflineCosts, float | None]:
+    """What work costs on one node, and what the node costs a month."""
+    from ..formats import storage_format
+    from ..planner.fleet import RooflineCosts
+    from ..planner.hardware import engine, machine
+    from ..planner.roofline import Speed
+
+    on = this_machine() if hardware == "this" else machine(hardware)
+    software = engine(engine_name or on.device.engine)
+    speed = Speed(config, on, software, quantization or storage_format(config))
+    # the split that decodes fastest with many short sequences; memory limits what runs later
+    place = speed.place(min(users, 16), 4096, split)
+    if place is None:
+        raise ConfigError(
+            "the model does not fit on a node",
+            expected=f"room for {speed.sizes.total / 1e9:,.1f} GB of weights"
+            + (f" with the split {split}" if split else ""),
+            got=on.name,
+            hint=f"dsv4 plan fit --hardware {hardware!r}",
+        )
+    month = on.device.month
+    costs = RooflineCosts(speed, place, longest, skew=skew)
+    return costs, None if month is None else month * on.count
+
+
+def _show_replay(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['requests']} requests", box=SIMPLE_HEAD)
+    for column in ("", "measured", "predicted", "error"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    measured, predicted = report["measured"], report["predicted"]
+    pairs = [
+        (f"{label} {share}, ms", 1000 * measured[key][share], 1000 * predicted[key][share])
+        for label, key in (("TTFT", "ttft"), ("between tokens", "inter_token"))
+        for share in ("p50", "p95", "p99")
+    ]
+    speed = "output_tokens_per_second"
+    pairs.append(("output tokens/s", measured[speed], predicted[speed]))
+    for name, a, b in pairs:
+        table.add_row(name, f"{a:,.1f}", f"{b:,.1f}", f"{b / a - 1:+.0%}")
+    Console().print(table)

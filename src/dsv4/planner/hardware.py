@@ -24,13 +24,15 @@ KWH = 0.15  # US$
 @dataclass(frozen=True)
 class Engine:
     """What software makes of a machine: reached shares of bandwidth and compute, the narrowest
-    precision it multiplies in, and the microseconds a layer takes whatever it does."""
+    precision it multiplies in, and the microseconds a layer takes whatever it does. Not
+    ``batched``: each user's token is a step of its own."""
 
     bandwidth: float
     compute: float
     precision: str
     layer_us: float
     source: str
+    batched: bool = True
 
 
 @dataclass(frozen=True)

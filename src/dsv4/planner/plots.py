@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .efficiency import efficiency
@@ -62,4 +63,36 @@ def plot_efficiency(path: str | Path, context: int, weights: dict[str, float]) -
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     left.legend(frameon=False)
+    save(figure, path)
+
+
+def plot_fleet(path: str | Path, reports: Sequence[dict[str, Any]]) -> None:
+    """Waiting times and throughput (with cost, where known) over the number of nodes."""
+    figure = _figure(10, 4)
+    left, right = figure.subplots(1, 2)
+    nodes = [report["replicas"] for report in reports]
+    for key, name, colour in (
+        ("ttft", "time to first token", COLOURS["pro"]),
+        ("inter_token", "between tokens", COLOURS["flash"]),
+    ):
+        for share, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
+            values = [1000 * report[key][share] for report in reports]
+            left.plot(nodes, values, style, color=colour, marker=".", label=f"{name}, {share}")
+    left.set_ylabel("milliseconds")
+    left.legend(frameon=False, fontsize=8)
+    speeds = [report["output_tokens_per_second"] for report in reports]
+    right.plot(nodes, speeds, color=COLOURS["pro"], marker=".")
+    right.set_ylabel("output tokens per second")
+    if all("cost_per_million_output" in report for report in reports):
+        cost = right.twinx()
+        values = [report["cost_per_million_output"] for report in reports]
+        cost.plot(nodes, values, color=COLOURS["flash"], marker=".")
+        cost.set_ylabel("US$ per million output tokens", color=COLOURS["flash"])
+        cost.set_ylim(bottom=0)
+    right.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel("nodes")
+        axes.grid(alpha=0.3)
+    left.set_yscale("log")
     save(figure, path)

@@ -201,11 +201,18 @@ class Speed:
         room = self.machine.device.memory * 1e9
         return any(self.device_bytes(s, users, context) <= room for s in self.splits())
 
-    def place(self, users: int, context: int) -> Placement | None:
-        """The fastest placement that fits, experts on devices first; None if nothing does."""
+    def place(self, users: int, context: int, only: str | None = None) -> Placement | None:
+        """The fastest placement that fits, experts on devices first; None if nothing does.
+
+        ``only`` names the one split to consider; ConfigError when the model has no such split.
+        """
         device, n = self.machine.device, self.machine.count
+        allowed = [split for split in self.splits() if only in (None, str(split))]
+        if not allowed:
+            names = ", ".join(str(split) for split in self.splits())
+            raise ConfigError("no such split", expected=names, got=only)
         found = []
-        for split in self.splits():
+        for split in allowed:
             bare = self.device_bytes(split, users, context, 0.0)
             whole = self.device_bytes(split, users, context)
             room = device.memory * 1e9
@@ -296,9 +303,11 @@ class Speed:
         self, p: Placement, users: int, context: int, imbalance: float = 1.0
     ) -> Timing:
         """One token for each of ``users``, each ``context`` tokens long."""
+        together, steps = (users, 1) if self.engine.batched else (1, users)
         flops = forward_flops(self.config, 1, start=max(0, context - 1))
-        flops = flops.times([float(users)] * len(flops))
-        return self._step(p, users, users * self._kv_read(context), flops, imbalance)
+        flops = flops.times([float(together)] * len(flops))
+        one = self._step(p, together, together * self._kv_read(context), flops, imbalance)
+        return Timing(*(part * steps for part in one))
 
     def prefill(
         self, p: Placement, tokens: int, start: int = 0, imbalance: float = 1.0
