@@ -107,14 +107,15 @@ def _rounded(context: float) -> int:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """From a running server: seconds per prompt token (and its growth with position) and per
-    generated token (and its growth with context); ``batched`` if users share a decode step."""
+    """From a running server: seconds per prompt token (and its growth with position), per
+    generated token (and its growth with context) and per prefill step; ``batched`` if users share
+    a decode step."""
 
     prompt: float
     prompt_growth: float
     token: float
     token_growth: float
-    latency: float = 0.0  # of a request, outside the engine
+    overhead: float = 0.0  # of a prefill step, whatever its length
     batched: bool = False
     room: float = math.inf
     transfer: float = math.inf
@@ -123,10 +124,12 @@ class MeasuredCosts:
         return 0.0
 
     def prefill(self, tokens: int, start: int) -> float:
-        return tokens * (self.prompt + self.prompt_growth * (start + tokens / 2))
+        growing = self.prompt + self.prompt_growth * (start + tokens / 2)
+        return self.overhead + tokens * growing
 
     def decode(self, users: int, context: float) -> float:
-        return (1 if self.batched else users) * (self.token + self.token_growth * context)
+        steps = min(users, 1) if self.batched else users
+        return steps * (self.token + self.token_growth * context)
 
 
 @cache

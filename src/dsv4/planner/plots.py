@@ -79,7 +79,7 @@ def plot_fleet(path: str | Path, reports: Sequence[dict[str, Any]]) -> None:
             values = [1000 * report[key][share] for report in reports]
             left.plot(nodes, values, style, color=colour, marker=".", label=f"{name}, {share}")
     left.set_ylabel("milliseconds")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
     speeds = [report["output_tokens_per_second"] for report in reports]
     right.plot(nodes, speeds, color=COLOURS["pro"], marker=".")
     right.set_ylabel("output tokens per second")
@@ -95,4 +95,6 @@ def plot_fleet(path: str | Path, reports: Sequence[dict[str, Any]]) -> None:
         axes.set_xlabel("nodes")
         axes.grid(alpha=0.3)
     left.set_yscale("log")
+    low, high = left.get_ylim()
+    left.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
     save(figure, path)

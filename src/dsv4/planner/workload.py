@@ -63,7 +63,7 @@ class Workload:
         ``longest`` tokens: the conversation ends before.
         """
         random = np.random.default_rng(seed)
-        warm = self.think * (self.turns - 1)
+        warm = 8 * self.think * self.turns  # longer than all but a few conversations last
         begin, session, found = -warm, 0, list[Request]()
         while True:
             begin += random.exponential(self.turns / self.rate)
