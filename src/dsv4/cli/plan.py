@@ -498,4 +498,8 @@ def _show_replay(report: dict[str, Any], as_json: bool) -> None:
     pairs.append(("output tokens/s", measured[speed], predicted[speed]))
     for name, a, b in pairs:
         table.add_row(name, f"{a:,.1f}", f"{b:,.1f}", f"{b / a - 1:+.0%}")
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    drift = report["drift"]
+    verdict = "a fair comparison" if abs(drift) < 0.1 else "not a quiet machine, compare nothing"
+    console.print(f"A token alone took {drift:+.0%} longer after than before: {verdict}.")

@@ -210,11 +210,14 @@ def what_fits(speed: Speed, users: int, context: int) -> list[str]:
 
 def published() -> Iterator[dict[str, Any]]:
     """Each result of ``published.toml`` with what this planner predicts beside it."""
+    models: dict[tuple[str, str], Speed] = {}
     for entry in data("published")["result"]:
         on = machine(entry["hardware"])
         software = engine(entry.get("engine", on.device.engine))
-        config = V4Config.preset(entry["model"])
-        speed = Speed(config, on, software, entry.get("quantization", "instruct"))
+        stored = entry["model"], entry.get("quantization", "instruct")
+        if stored not in models:
+            models[stored] = Speed(V4Config.preset(stored[0]), on, software, stored[1])
+        speed = models[stored].on(on, software)
         users, context = entry.get("users", 1), entry["context"]
         place = speed.place(users, context)
         assert place is not None, entry["what"]

@@ -451,7 +451,8 @@ def grow(
 ) -> list[dict[str, Any]]:
     """``simulate`` for fleets of so many replicas, each with ``workload.rate`` requests a second.
 
-    Counts ``seconds`` after as long a start. At most SIMULATED replicas are simulated.
+    Counts ``seconds`` after as long a start. At most SIMULATED replicas are simulated; fewer are
+    watched for longer, so that every fleet is judged by as many requests.
     """
     if not nodes or min(nodes) < 1 or seconds <= 0:
         raise ConfigError(
@@ -461,8 +462,9 @@ def grow(
     for true in nodes:
         few = min(true, SIMULATED)
         traffic = replace(workload, rate=workload.rate * few)
-        requests = traffic.requests(2 * seconds, longest, seed)
-        window = (seconds, 2 * seconds)
+        end = seconds + seconds * SIMULATED / few
+        requests = traffic.requests(end, longest, seed)
+        window = (seconds, end)
         reports.append(
             simulate(
                 requests, costs, serving, replicas=few, true_replicas=true, month=month,

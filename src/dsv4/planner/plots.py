@@ -29,7 +29,7 @@ def _figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure; the ending decides the format (png, svg, pdf)."""
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=110)
     except (OSError, ValueError) as e:
         raise ConfigError(
             f"cannot write the plot {path}", expected="a .png, .svg or .pdf file", got=e

@@ -113,7 +113,10 @@ def calibrate(served: Sequence[Served]) -> MeasuredCosts:
     return MeasuredCosts(prompt, 0.0, statistics.median(gaps), 0.0, overhead)
 
 
-async def _replay(url: str, trace: Sequence[Request]) -> tuple[MeasuredCosts, list[Served]]:
+async def _replay(
+    url: str, trace: Sequence[Request]
+) -> tuple[list[Served], list[Served], list[Served]]:
+    """What was served alone before the trace, in it, and alone after it."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         begin = time.perf_counter()
@@ -128,21 +131,25 @@ async def _replay(url: str, trace: Sequence[Request]) -> tuple[MeasuredCosts, li
 
         served = await asyncio.gather(*(one(i, r) for i, r in enumerate(trace)))
         after = await alone(client, begin, 3 * 10**6, per_word)
-    return calibrate([*before, *after]), served
+    return before, served, after
 
 
 def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, Any]:
     """Replay ``trace`` on the server at ``url`` in real time, and simulate what it was asked.
 
-    Lengths are those the server reports, so that both sides did the same work. Raises DSV4Error
-    when there is no such server or it refuses.
+    Lengths are those the server reports, so that both sides did the same work. ``drift`` is how
+    much slower a token alone was after the trace than before it: unless it is small, the machine
+    had other work and the comparison says little. Raises ConfigError when there is no such server
+    and DSV4Error when it refuses.
     """
     try:
-        costs, served = asyncio.run(_replay(url, trace))
+        before, served, after = asyncio.run(_replay(url, trace))
     except httpx.HTTPError as e:
         raise ConfigError(
             f"no answer from {url}", expected="a server", got=repr(e), hint="dsv4 serve"
         ) from e
+    costs = calibrate([*before, *after])
+    drift = calibrate(after).token / calibrate(before).token - 1
     requests = sorted(s.request for s in served)
     predicted = simulate(requests, costs, serving)
     tokens = sum(r.output for r in requests)
@@ -162,9 +169,8 @@ def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, A
     }
     return {
         "requests": len(requests),
-        "calibration": {
-            key: getattr(costs, key) for key in ("prompt", "token", "overhead")
-        },
+        "calibration": {key: getattr(costs, key) for key in ("prompt", "token", "overhead")},
+        "drift": drift,
         "measured": found,
         "predicted": expected,
         "error": error,

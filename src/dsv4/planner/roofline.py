@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from ..config import V4Config
@@ -157,10 +156,10 @@ class Speed:
         self.config, self.machine, self.engine = config, machine, engine
         self.sizes = sizes(config, quantization)
 
-    def on(self, machine: Machine) -> Speed:
-        """The same model and engine on another machine."""
+    def on(self, machine: Machine, engine: Engine | None = None) -> Speed:
+        """The same model on another machine, with the same or another engine."""
         other = copy(self)
-        other.machine = machine
+        other.machine, other.engine = machine, engine or self.engine
         return other
 
     # ------------------------------------------------------------ memory
@@ -242,10 +241,6 @@ class Speed:
         e, k = self.config.n_routed_experts, self.config.num_experts_per_tok
         return float(e * (1 - (1 - k / e) ** tokens))
 
-    @cached_property
-    def _overhead(self) -> float:
-        return self.config.num_hidden_layers * self.engine.layer_us / 1e6
-
     def _kv_read(self, context: int) -> float:
         """Bytes of cache one token reads: windows, chosen or all entries, all index keys."""
         c, entry, key = self.config, entry_bytes(self.config), index_key_bytes(self.config)
@@ -296,7 +291,7 @@ class Speed:
             link=self._link(tokens, split),
             host=routed * p.on_host / (hosts * 1e9 * self.engine.bandwidth),
             ssd=routed * p.on_ssd / (device.ssd * 1e9) if p.on_ssd else 0.0,
-            layers=self._overhead,
+            layers=layers * self.engine.layer_us / 1e6,
         )
 
     def decode(
