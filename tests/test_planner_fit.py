@@ -81,6 +81,19 @@ def test_twice_the_bandwidth_halves_the_reading() -> None:
     assert second.memory == pytest.approx(first.memory / 2) and second.layers == first.layers
 
 
+def test_a_pipeline_does_not_hurry_one_user() -> None:
+    speed = Speed(FLASH, machine("4xH200-141G"), engine("sglang"), "instruct")
+    alone = Speed(FLASH, machine("B300-270G"), engine("sglang"), "instruct").on(
+        replace(speed.machine, count=1)
+    )
+    stages, whole = speed.place(1, 8192, "PP4"), alone.place(1, 8192)
+    assert stages is not None and whole is not None
+    whole = whole._replace(on_device=1.0, on_host=0.0)  # as if the card were large enough
+    assert speed.decode(stages, 1, 8192) == alone.decode(whole, 1, 8192)
+    four, one = speed.decode(stages, 4, 8192), speed.decode(stages, 1, 8192)
+    assert four == one  # a user for each stage
+
+
 def test_break_even_is_price_over_price() -> None:
     use = Use(prompt_per_output=2, hits=0.5)
     cost = fit("flash", FLASH, machine("4xH200-141G"), 8192, 64, month=1000.0, use=use)["cost"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ..config import V4Config
@@ -196,12 +197,12 @@ def _statement(report: dict[str, Any], place: Placement | None) -> str:
 
 def what_fits(speed: Speed, users: int, context: int) -> list[str]:
     """For each known device the smallest number (up to 32) that holds everything."""
-    found = []
+    found: list[str] = []
     for device in devices().values():
         counts = COUNTS if device.link else COUNTS[:1]  # what is not connected works alone
         machines = (Machine(device, count) for count in counts)
         fitting = (on.name for on in machines if speed.on(on).fits(users, context))
-        found += [*fitting][:1]
+        found += islice(fitting, 1)
     return found
 
 

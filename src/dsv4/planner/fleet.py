@@ -56,24 +56,26 @@ class Costs(Protocol):
 
 
 class RooflineCosts:
-    """From ``roofline``: a model placed on a machine. Contexts are rounded up to powers of
-    sqrt(2), so that a simulation asks for few different ones."""
+    """From ``roofline``: a model placed on a machine.
+
+    Contexts are rounded up to powers of sqrt(2), so that a simulation asks for few different ones.
+    Raises ConfigError when one sequence of ``longest`` tokens has no room beside the weights.
+    """
 
     def __init__(
-        self, speed: Speed, place: Placement, mean_context: int, *, skew: float = 0.0
+        self, speed: Speed, place: Placement, longest: int, *, skew: float = 0.0
     ) -> None:
         self._speed, self._place, self._skew = speed, place, skew
-        self._devices = place.split.expert
         need = speed.device_bytes(place.split, 1, 1, place.on_device)
         free = speed.machine.device.memory * 1e9 - need
         self.room = max(0.0, free) * max(place.split.expert, place.split.pipeline)
         self.transfer = (speed.machine.device.link or 10) * 1e9
         self._decode = lru_cache(maxsize=None)(self._decode_seconds)
         self._prefill = lru_cache(maxsize=None)(self._prefill_seconds)
-        if self.room < self.kv(mean_context):
+        if self.room < self.kv(longest):
             raise ConfigError(
                 "no room for KV beside the weights",
-                expected=f"room for a sequence of {mean_context:,} tokens",
+                expected=f"room for a sequence of {longest:,} tokens",
                 got=f"{self.room / 1e9:.2f} GB on {speed.machine.name}",
                 hint="more devices, or a smaller quantization",
             )
@@ -88,8 +90,8 @@ class RooflineCosts:
         return self._prefill(tokens, _rounded(start) if start else 0)
 
     def _imbalance(self, tokens: int) -> float:
-        config = self._speed.config
-        return expert_imbalance(config, self._devices, min(tokens, 4096), self._skew)
+        devices = self._place.split.expert
+        return expert_imbalance(self._speed.config, devices, min(tokens, 4096), self._skew)
 
     def _decode_seconds(self, users: int, context: int) -> float:
         imbalance = self._imbalance(users)

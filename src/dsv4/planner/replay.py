@@ -46,11 +46,12 @@ class Served:
 
 
 async def ask(
-    client: httpx.AsyncClient, request: Request, begin: float, seed: int, per_word: float
+    client: httpx.AsyncClient, request: Request, begin: float, seed: str, per_word: float
 ) -> Served:
     """Send a prompt of about ``request.prompt`` tokens and read the stream to its end.
 
-    Raises DSV4Error when the server refuses or says nothing.
+    The prompt starts with ``seed``, and follows from it. Raises DSV4Error when the server refuses
+    or does not report its usage.
     """
     rng = random.Random(seed)
     words = [rng.choice(WORDS) for _ in range(max(1, round(request.prompt / per_word)))]
@@ -75,8 +76,9 @@ async def ask(
             deltas = [choice["delta"] for choice in chunk["choices"]]
             if any(d.get("content") or d.get("reasoning_content") for d in deltas):
                 served.times.append(time.perf_counter() - begin)
-    if not served.times or not usage:
-        raise DSV4Error("the server sent no answer", expected="tokens and usage", got=usage)
+    if not usage:
+        raise DSV4Error("the server did not say what it did", expected="usage", got="none")
+    served.times = served.times or [time.perf_counter() - begin]  # an empty answer ends too
     served.request = Request(
         served.sent, usage["prompt_tokens"], max(1, usage["completion_tokens"])
     )
@@ -84,12 +86,12 @@ async def ask(
 
 
 async def alone(
-    client: httpx.AsyncClient, begin: float, seed: int, per_word: float
+    client: httpx.AsyncClient, begin: float, seed: str, per_word: float
 ) -> list[Served]:
     """Prompts of LENGTHS, twice, one at a time."""
     lengths = [*LENGTHS, *LENGTHS]
     return [
-        await ask(client, Request(0, length, ANSWER), begin, seed + i, per_word)
+        await ask(client, Request(0, length, ANSWER), begin, f"{seed}-{i}", per_word)
         for i, length in enumerate(lengths)
     ]
 
@@ -119,28 +121,29 @@ async def _replay(
     """What was served alone before the trace, in it, and alone after it."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        begin = time.perf_counter()
-        first = await ask(client, Request(0, 200, 2), begin, 10**6, 1.0)
+        begin, run = time.perf_counter(), f"{time.time_ns():x}"  # nothing is in a cache yet
+        first = await ask(client, Request(0, 200, 2), begin, run, 1.0)
         per_word = first.request.prompt / 200
-        before = await alone(client, begin, 2 * 10**6, per_word)
+        before = await alone(client, begin, f"{run}-before", per_word)
         begin = time.perf_counter()
 
         async def one(number: int, request: Request) -> Served:
             await asyncio.sleep(max(0.0, begin + request.arrival - time.perf_counter()))
-            return await ask(client, request, begin, number, per_word)
+            return await ask(client, request, begin, f"{run}-{number}", per_word)
 
         served = await asyncio.gather(*(one(i, r) for i, r in enumerate(trace)))
-        after = await alone(client, begin, 3 * 10**6, per_word)
+        after = await alone(client, begin, f"{run}-after", per_word)
     return before, served, after
 
 
 def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, Any]:
     """Replay ``trace`` on the server at ``url`` in real time, and simulate what it was asked.
 
-    Lengths are those the server reports, so that both sides did the same work. ``drift`` is how
-    much slower a token alone was after the trace than before it: unless it is small, the machine
-    had other work and the comparison says little. Raises ConfigError when there is no such server
-    and DSV4Error when it refuses.
+    Prompts are random words, each its own: sessions are not replayed. Lengths are those that the
+    server reports, so that both sides did the same work. ``drift`` is how much slower a token
+    alone was after the trace than before it: unless it is small, the machine had other work and
+    the comparison says little. Raises ConfigError when there is no such server and DSV4Error when
+    it refuses.
     """
     try:
         before, served, after = asyncio.run(_replay(url, trace))

@@ -71,8 +71,8 @@ def sizes(config: V4Config, quantization: str) -> Sizes:
 
 @dataclass(frozen=True)
 class Split:
-    """How devices share a model: tensor (attention by heads, experts by number), data-parallel
-    attention with expert parallelism, pipeline; ``tensor * pipeline`` or ``expert`` devices."""
+    """How devices share a model: tensor (attention by heads, experts by their width), data-parallel
+    attention with whole experts apart, pipeline; ``tensor * pipeline`` or ``expert`` devices."""
 
     tensor: int = 1
     expert: int = 1
@@ -86,13 +86,12 @@ class Split:
 def splits(config: V4Config, devices: int) -> list[Split]:
     """The splits over ``devices`` that the model's shape allows.
 
-    Tensor: it must divide the heads' output groups and the experts, and leave the shared expert
-    whole FP8 blocks. Expert: it must divide the routed experts. Pipeline: at most one layer each.
+    Tensor: it must divide the heads' output groups and leave experts whole FP8 blocks. Expert: it
+    must divide the routed experts. Pipeline: at least a layer each.
     """
 
     def tensor_ok(n: int) -> bool:
-        blocks = config.moe_intermediate_size * config.n_shared_experts // 128
-        return not (config.o_groups % n or config.n_routed_experts % n or blocks % n)
+        return not (config.o_groups % n or config.moe_intermediate_size // 128 % n)
 
     found = []
     for tensor in range(1, devices + 1):
@@ -270,20 +269,19 @@ class Speed:
     def _step(
         self, p: Placement, tokens: float, kv: float, flops: Flops, imbalance: float
     ) -> Timing:
-        """``tokens`` in one pass, reading ``kv`` bytes of cache in all."""
+        """``tokens`` in one pass, reading ``kv`` bytes of cache in all. ``imbalance``: load of the
+        fullest device over the mean, where whole experts are apart."""
         device, n, s = self.machine.device, self.machine.count, self.sizes
         split, layers = p.split, self.config.num_hidden_layers
-        if split.pipeline > 1:  # each stage has its share of the users; a token visits all
-            tokens, kv = max(1.0, tokens / split.pipeline), kv / split.pipeline
-            flops = flops.times([1 / split.pipeline] * len(flops))
         routed = self.touched(tokens) * s.expert * layers
         if split.expert > 1:
             share = max(1 / n, 1 / self.touched(tokens)) * imbalance
-            read = s.dense + kv / n + routed * p.on_device * share
-            work = 1 / min(n, max(1.0, tokens)) * imbalance
+            attending = min(n, max(1.0, tokens))  # devices that have a token
+            read = s.dense + kv / attending + routed * p.on_device * share
+            work = imbalance / attending
         else:
-            read = (s.dense + routed * p.on_device * imbalance) / split.tensor + kv
-            work = imbalance / split.tensor
+            read = (s.dense + routed * p.on_device) / split.tensor + kv
+            work = 1 / split.tensor
         hosts = device.host_bandwidth * n or device.bandwidth * n
         return Timing(
             memory=read / (device.bandwidth * 1e9 * self.engine.bandwidth),
@@ -297,17 +295,25 @@ class Speed:
     def decode(
         self, p: Placement, users: int, context: int, imbalance: float = 1.0
     ) -> Timing:
-        """One token for each of ``users``, each ``context`` tokens long."""
+        """One token for each of ``users``, each ``context`` tokens long.
+
+        In a pipeline each stage has its share of the users, and every token visits all stages.
+        """
         together, steps = (users, 1) if self.engine.batched else (1, users)
+        batch = max(1.0, together / p.split.pipeline)
         flops = forward_flops(self.config, 1, start=max(0, context - 1))
-        flops = flops.times([float(together)] * len(flops))
-        one = self._step(p, together, together * self._kv_read(context), flops, imbalance)
+        flops = flops.times([batch] * len(flops))
+        one = self._step(p, batch, batch * self._kv_read(context), flops, imbalance)
         return Timing(*(part * steps for part in one))
 
     def prefill(
         self, p: Placement, tokens: int, start: int = 0, imbalance: float = 1.0
     ) -> Timing:
-        """A prompt of ``tokens`` after ``start`` cached ones, fed in chunks."""
+        """A prompt of ``tokens`` after ``start`` cached ones, fed in chunks.
+
+        With data-parallel attention this is its share of the machine while other prompts keep the
+        other devices busy; alone it takes longer.
+        """
         flops = forward_flops(self.config, tokens, start=start, logits=False)
         chunks = -(-tokens // PREFILL_CHUNK)
         each = flops.times([1 / chunks] * len(flops))
@@ -315,5 +321,5 @@ class Speed:
         one = self._step(p, tokens / chunks, kv, each, imbalance)
         # stages of a pipeline work on different chunks, but the last waits for all of them
         stages = p.split.pipeline
-        times = (chunks + stages - 1) / stages if stages > 1 else chunks
+        times = (chunks + stages - 1) / stages
         return Timing(*(part * times for part in one))
