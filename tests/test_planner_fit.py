@@ -9,6 +9,7 @@ import pytest
 
 from dsv4.config import V4Config
 from dsv4.errors import ConfigError
+from dsv4.formats import with_format
 from dsv4.planner import weight_bytes
 from dsv4.planner.fit import Use, fit, median_error, published
 from dsv4.planner.hardware import Machine, data, devices, engine, machine
@@ -40,8 +41,13 @@ def test_no_memory_anywhere_is_said_too() -> None:
 
 
 def test_weights_are_those_of_the_file() -> None:
-    assert sizes(FLASH, "instruct").total == weight_bytes(FLASH)
-    assert sizes(FLASH, "q2").total < sizes(FLASH, "instruct").total / 1.7
+    for config in (FLASH, PRO):
+        for name in ("instruct", "base"):
+            assert sizes(config, name).total == weight_bytes(with_format(config, name))
+    report = fit("flash", FLASH, machine("M3-Max-128"), 8192)
+    fitting = {row["quantization"]: row["fits"] for row in report["quantizations"]}
+    assert [*fitting] == ["bf16", "base", "fp8", "q4", "instruct", "q2"]
+    assert [name for name, fits in fitting.items() if fits] == ["q2"]
 
 
 def test_splits_follow_the_shape() -> None:
@@ -49,6 +55,15 @@ def test_splits_follow_the_shape() -> None:
     assert Split(tensor=16) not in splits(FLASH, 16)  # eight output groups
     assert [str(s) for s in splits(PRO, 7)] == ["PP7"]
     assert [str(s) for s in splits(PRO, 1)] == ["one device"]
+
+
+def test_it_fits_if_any_split_does() -> None:
+    """On four cards of 48 GB tensor parallelism would repeat the KV; a pipeline has the room."""
+    assert fit("flash", FLASH, machine("4xL40S-48G"), 131072, 24)["placement"]["split"] == "PP4"
+    for users in (1, 24, 64):
+        report = fit("flash", FLASH, machine("4xL40S-48G"), 131072, users)
+        assert report["fits"] == any(split["fits"] for split in report["splits"])
+        assert report["fits"] == ("what_fits" not in report)
 
 
 def test_more_users_share_the_weights_and_more_context_costs() -> None:

@@ -208,6 +208,11 @@ def fit_command(
     table = Table(show_header=False, box=None)
     for key in ("weights", "kv", "workspace", "device_memory"):
         table.add_row(key.replace("_", " "), human(int(sizes[key])))
+    stored = [
+        f"{row['quantization']} {human(int(row['weights']))}{'' if row['fits'] else ' (no)'}"
+        for row in report["quantizations"]
+    ]
+    table.add_row("stored as", ", ".join(stored))
     if report["runs"]:
         place, decode, prefill = report["placement"], report["decode"], report["prefill"]
         table.add_row("experts", _where(place))

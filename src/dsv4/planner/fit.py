@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +13,7 @@ from ..config import V4Config
 from ..errors import ConfigError
 from ..formats import storage_format
 from .hardware import HOURS_A_MONTH, Machine, api, data, devices, engine, machine
-from .roofline import PREFILL_CHUNK, Placement, Speed
+from .roofline import PREFILL_CHUNK, QUANTIZATIONS, Placement, Speed, sizes
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 
@@ -88,6 +89,7 @@ def fit(
     if place is not None:
         report |= _placed(speed, place, users, context)
         report |= _splits(speed, users, context)
+    report["quantizations"] = _quantizations(speed, users, context)
     report["cost"] = _cost(name, speed, place, users, context, month, use or Use())
     report["statement"] = _statement(report, place)
     if not report["fits"]:
@@ -129,6 +131,17 @@ def _splits(speed: Speed, users: int, context: int) -> dict[str, Any]:
         need = speed.device_bytes(split, users, context)
         found.append({"split": str(split), "device_bytes": need, "fits": need <= room})
     return {"splits": found}
+
+
+def _quantizations(speed: Speed, users: int, context: int) -> list[dict[str, Any]]:
+    """The ways to store the weights, from large to small, and whether each fits."""
+    found = []
+    for name in QUANTIZATIONS:
+        other = copy(speed)
+        other.sizes = sizes(speed.config, name)
+        weights, fits = other.sizes.total, other.fits(users, context)
+        found.append({"quantization": name, "weights": weights, "fits": fits})
+    return sorted(found, key=lambda row: -row["weights"])
 
 
 def _cost(

@@ -10,7 +10,7 @@ the tokens it gets accepted per step.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..config import V4Config
@@ -52,17 +52,24 @@ def sizes(config: V4Config, quantization: str) -> Sizes:
             "no such quantization", expected=", ".join(QUANTIZATIONS), got=quantization
         )
     official = quantization in FORMATS
-    stored = inventory(with_format(config, quantization if official else "bf16"))
+    # experts are all alike: one is listed and stands for all
+    one = replace(config, n_routed_experts=1, num_experts_per_tok=1)
+    stored = inventory(with_format(one, quantization if official else "bf16"))
+    all_experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     parts = {"dense": 0.0, "embed": 0.0, "experts": 0.0, "mtp": 0.0}
     for name, spec in stored.items():
         routed = ".experts." in name
         kind = "mtp" if name.startswith("mtp.") else "experts" if routed else "dense"
         kind = "embed" if name.startswith("embed.") else kind
-        matrix = spec.dtype == "BF16" and len(spec.shape) == 2
-        if official or not matrix:
-            parts[kind] += spec.bytes
+        if official or spec.dtype != "BF16" or len(spec.shape) != 2:
+            size = float(spec.bytes)
         else:
-            parts[kind] += spec.elements * BITS[quantization][not routed] / 8
+            size = spec.elements * BITS[quantization][not routed] / 8
+        if routed or name.endswith((".gate.weight", ".gate.bias")):
+            size *= all_experts
+        elif name.endswith(".gate.tid2eid"):
+            size *= chosen
+        parts[kind] += size
     experts = config.num_hidden_layers * config.n_routed_experts
     return Sizes(
         parts["dense"], parts["embed"], parts["experts"] / experts, experts, parts["mtp"]
@@ -200,7 +207,8 @@ class Speed:
         return any(self.device_bytes(s, users, context) <= room for s in self.splits())
 
     def place(self, users: int, context: int, only: str | None = None) -> Placement | None:
-        """The fastest placement that fits, experts on devices first; None if nothing does.
+        """The fastest placement that fits, with all experts on devices if any has them there,
+        else in host memory, else on the SSD; None if nothing fits.
 
         ``only`` names the one split to consider; ConfigError when the model has no such split.
         """
@@ -228,8 +236,8 @@ class Speed:
         if not found:
             return None
 
-        def rank(p: Placement) -> tuple[float, float]:
-            return p.on_ssd, self.decode(p, users, context).total
+        def rank(p: Placement) -> tuple[bool, bool, float]:
+            return p.on_device < 1, p.on_ssd > 0, self.decode(p, users, context).total
 
         return min(found, key=rank)
 
