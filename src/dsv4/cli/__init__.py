@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 
 from ..errors import DSV4Error
-from . import data, files, measure, talk, training  # each adds its commands
+from . import data, files, measure, plan, talk, training  # each adds its commands
 from .app import app
 
-__all__ = ["app", "data", "files", "main", "measure", "talk", "training"]
+__all__ = ["app", "data", "files", "main", "measure", "plan", "talk", "training"]
 
 
 def main() -> None:

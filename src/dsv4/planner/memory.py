@@ -1,0 +1,178 @@
+"""How many bytes a V4 model takes: weights, KV cache, and what training keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..config import FP4_BLOCK, V4Config
+from ..formats import inventory
+
+KV_SCALE_BLOCK = 64  # channels of an entry that share an FP8 scale
+GRAIN = 128  # tokens between snapshots of a session
+
+
+def weight_bytes(config: V4Config) -> int:
+    """Bytes of all stored tensors, block scales included; the files add their headers."""
+    return sum(spec.bytes for spec in inventory(config).values())
+
+
+# ---------------------------------------------------------------- the published formats
+
+
+def entry_bytes(config: V4Config) -> int:
+    """One window or compressed entry: FP8 channels, BF16 rotated ones, scales, filled up to 8.
+
+    448 + 128 + 7 + 1 = 584 in every published model (report section 6; FlashMLA's layout).
+    """
+    plain = config.head_dim - config.qk_rope_head_dim
+    used = plain + 2 * config.qk_rope_head_dim + -(-plain // KV_SCALE_BLOCK)
+    return -(-used // 8) * 8
+
+
+def index_key_bytes(config: V4Config) -> int:
+    """One indexer key: FP4 channels and an E8M0 scale for every 32 of them (64 + 4 = 68)."""
+    return config.index_head_dim // 2 + -(-config.index_head_dim // FP4_BLOCK)
+
+
+def kv_bytes_per_token(config: V4Config) -> float:
+    """What each further token adds to the cache in the published formats; the window does not."""
+    entry, key = entry_bytes(config), index_key_bytes(config)
+    layers = config.compress_ratios[: config.num_hidden_layers]
+    return sum((entry + (key if r == 4 else 0)) / r for r in layers if r)
+
+
+def kv_bytes(config: V4Config, tokens: int) -> int:
+    """The whole cache of one sequence in the published formats: window, entries, index keys.
+
+    Without the tail of raw compressor rows (``tail_bytes``) and without the MTP block's window,
+    as in the report's comparison.
+    """
+    entry, key = entry_bytes(config), index_key_bytes(config)
+    layers = config.compress_ratios[: config.num_hidden_layers]
+    rows = sum(tokens // r * (entry + (key if r == 4 else 0)) for r in layers if r)
+    return len(layers) * min(tokens, config.sliding_window) * entry + rows
+
+
+def tail_bytes(config: V4Config) -> int:
+    """Raw compressor rows (float32 values and gates) that wait to be pooled, per sequence: two
+    blocks of double width in a CSA layer (and its indexer), one block in an HCA layer."""
+    total = 0
+    for ratio in config.compress_ratios[: config.num_hidden_layers]:
+        if ratio == 4:
+            total += 2 * ratio * 2 * (config.head_dim + config.index_head_dim)
+        else:
+            total += ratio * config.head_dim
+    return total * 2 * 4
+
+
+# ---------------------------------------------------------------- what the engine holds
+
+
+class _Table:
+    """The sizes of a growing table: room for half as many rows again whenever it is full."""
+
+    def __init__(self, row_bytes: int, used: int = 0) -> None:
+        self.row_bytes, self.used, self.room = row_bytes, 0, 0
+        self.append(used)
+
+    def append(self, rows: int) -> None:
+        self.used += rows
+        if self.used > self.room or not self.room:
+            self.room = max(64, self.used + self.used // 2)
+
+
+class _Layer:
+    """One layer's tables. Raw rows are pooled ``ratio`` at a time; a CSA layer keeps the last
+    pooled block, because the next one overlaps it."""
+
+    def __init__(self, c: V4Config, ratio: int, item: int) -> None:
+        self.ratio, self.keep = ratio, ratio if ratio == 4 else 0
+        widths = [] if not ratio else [c.head_dim, c.index_head_dim][: 1 + (ratio == 4)]
+        self.rows = [_Table(width * item) for width in widths]
+        raw = [width * 2 * 4 * (2 if ratio == 4 else 1) for width in widths]
+        self.raw = [_Table(row_bytes, self.keep) for row_bytes in raw]
+
+    def append(self, tokens: int) -> None:
+        for i, (raw, rows) in enumerate(zip(self.raw, self.rows, strict=True)):
+            raw.append(tokens)
+            pooled = (raw.used - self.keep) // self.ratio
+            rows.append(pooled)
+            if pooled:
+                self.raw[i] = _Table(raw.row_bytes, raw.used - pooled * self.ratio)
+
+    def tail(self) -> int:
+        return sum(raw.used * raw.row_bytes for raw in self.raw)
+
+    def held(self) -> int:
+        return sum(table.room * table.row_bytes for table in (*self.raw, *self.rows))
+
+
+def session_bytes(config: V4Config, passes: Iterable[int], numerics: str = "official") -> int:
+    """What a session of this package's engine holds after passes of so many tokens each.
+
+    Equals ``Session.bytes()``: entries in the numerics' activation type (BF16 for official, 4
+    bytes for float32) and not in the packed formats, raw rows in float32, tables with room to
+    grow, and the snapshots that make rewinding cheap. ``extend_passes`` gives the passes of one
+    ``extend``.
+    """
+    item = 2 if numerics == "official" else 4
+    layers = [_Layer(config, r, item) for r in config.compress_ratios[: config.num_hidden_layers]]
+    length, snapshots = 0, dict[int, int]()
+
+    def window() -> int:
+        return len(layers) * min(length, config.sliding_window - 1) * config.head_dim * item
+
+    for tokens in passes:
+        length += tokens
+        for layer in layers:
+            layer.append(tokens)
+        if length % GRAIN == 0:
+            snapshots[length] = window() + sum(layer.tail() for layer in layers)
+            for at in list(snapshots):
+                stride = 1 << ((length - at) // GRAIN // 16).bit_length()
+                if at // GRAIN % stride:
+                    del snapshots[at]
+    return window() + sum(layer.held() for layer in layers) + sum(snapshots.values())
+
+
+def extend_passes(length: int, tokens: int, chunk: int = 512) -> Iterator[int]:
+    """The passes in which a session ``length`` tokens long takes ``tokens`` more."""
+    while tokens:
+        n = min(tokens, chunk - length % GRAIN)
+        yield n
+        length, tokens = length + n, tokens - n
+
+
+# ---------------------------------------------------------------- training
+
+
+class TrainingBytes(NamedTuple):
+    """What a training run keeps for the whole run; activations come on top, with the batch."""
+
+    masters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def training_bytes(config: V4Config) -> TrainingBytes:
+    """Float32 masters and gradients, Muon's one and AdamW's two moments, from the config alone.
+
+    The hash-routing tables and the routers' biases are kept but not trained.
+    """
+    masters = trained = moments = 0
+    plain = replace(config, expert_dtype="bf16", quantization_config=None)
+    for name, spec in inventory(plain).items():
+        masters += spec.elements * (8 if spec.dtype == "I64" else 4)
+        if name.endswith(("gate.bias", "tid2eid")):
+            continue
+        trained += spec.elements
+        table = name.endswith(("embed.weight", "head.weight"))
+        muon = len(spec.shape) == 2 and not table and not name.endswith("ape")
+        moments += spec.elements * (1 if muon else 2)
+    return TrainingBytes(masters, 4 * trained, 4 * moments)

@@ -1,0 +1,180 @@
+"""The simulation beside a real server: calibrate on single requests, replay a trace, compare.
+
+The calibration, half of it before and half after, sends one request at a time and fits what a
+prompt, its tokens and a generated token cost. It knows nothing of several requests at once: their
+queueing and interference is what the simulation predicts and the replay tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from ..errors import ConfigError, DSV4Error
+from .fleet import MeasuredCosts, Serving, simulate
+from .workload import Request, percentiles
+
+LENGTHS = (16, 128, 512, 1024)  # prompt tokens of the calibration
+ANSWER = 24
+WORDS = "time year people way day man thing woman life child world school state family".split()
+
+
+@dataclass
+class Served:
+    """One answered request, as its client saw it; times in seconds from the trace's start."""
+
+    request: Request  # with the token counts that the server reports
+    sent: float = 0.0
+    times: list[float] = field(default_factory=list)  # when pieces of the answer came
+
+    @property
+    def ttft(self) -> float:
+        return self.times[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+
+
+async def ask(
+    client: httpx.AsyncClient, request: Request, begin: float, seed: str, per_word: float
+) -> Served:
+    """Send a prompt of about ``request.prompt`` tokens and read the stream to its end.
+
+    The prompt starts with ``seed``, and follows from it. Raises DSV4Error when the server refuses
+    or does not report its usage.
+    """
+    rng = random.Random(seed)
+    words = [rng.choice(WORDS) for _ in range(max(1, round(request.prompt / per_word)))]
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": f"{seed} {' '.join(words)}"}],
+        "max_tokens": request.output,
+        "thinking": {"type": "disabled"},
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    served, usage = Served(request, time.perf_counter() - begin), dict[str, Any]()
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        if answer.status_code != 200:
+            text = (await answer.aread()).decode(errors="replace")
+            raise DSV4Error("the server refused", expected="status 200", got=text[:300])
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            usage = chunk.get("usage") or usage
+            deltas = [choice["delta"] for choice in chunk["choices"]]
+            if any(d.get("content") or d.get("reasoning_content") for d in deltas):
+                served.times.append(time.perf_counter() - begin)
+    if not usage:
+        raise DSV4Error("the server did not say what it did", expected="usage", got="none")
+    served.times = served.times or [time.perf_counter() - begin]  # an empty answer ends too
+    served.request = Request(
+        served.sent, usage["prompt_tokens"], max(1, usage["completion_tokens"])
+    )
+    return served
+
+
+async def alone(
+    client: httpx.AsyncClient, begin: float, seed: str, per_word: float
+) -> list[Served]:
+    """Prompts of LENGTHS, twice, one at a time."""
+    lengths = [*LENGTHS, *LENGTHS]
+    return [
+        await ask(client, Request(0, length, ANSWER), begin, f"{seed}-{i}", per_word)
+        for i, length in enumerate(lengths)
+    ]
+
+
+def calibrate(served: Sequence[Served]) -> MeasuredCosts:
+    """What single requests cost: medians throughout, because machines have bad moments.
+
+    A prompt token costs the median slope between any two prompts; its growth with position is
+    below the noise at such lengths.
+    """
+    points = [(s.request.prompt, s.ttft) for s in served]
+    slopes = [
+        (b - a) / (n - m) for (m, a), (n, b) in itertools.combinations(points, 2) if n > 2 * m
+        or m > 2 * n
+    ]  # fmt: skip
+    prompt = max(0.0, statistics.median(slopes))
+    overhead = max(0.0, statistics.median(ttft - prompt * n for n, ttft in points))
+    gaps = [gap for s in served for gap in s.gaps]
+    if not gaps:
+        raise DSV4Error("the server answers with single tokens", expected="longer answers")
+    return MeasuredCosts(prompt, 0.0, statistics.median(gaps), 0.0, overhead)
+
+
+async def _replay(
+    url: str, trace: Sequence[Request]
+) -> tuple[list[Served], list[Served], list[Served]]:
+    """What was served alone before the trace, in it, and alone after it."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        begin, run = time.perf_counter(), f"{time.time_ns():x}"  # nothing is in a cache yet
+        first = await ask(client, Request(0, 200, 2), begin, run, 1.0)
+        per_word = first.request.prompt / 200
+        before = await alone(client, begin, f"{run}-before", per_word)
+        begin = time.perf_counter()
+
+        async def one(number: int, request: Request) -> Served:
+            await asyncio.sleep(max(0.0, begin + request.arrival - time.perf_counter()))
+            return await ask(client, request, begin, f"{run}-{number}", per_word)
+
+        served = await asyncio.gather(*(one(i, r) for i, r in enumerate(trace)))
+        after = await alone(client, begin, f"{run}-after", per_word)
+    return before, served, after
+
+
+def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, Any]:
+    """Replay ``trace`` on the server at ``url`` in real time, and simulate what it was asked.
+
+    Prompts are random words, each its own: sessions are not replayed. Lengths are those that the
+    server reports, so that both sides did the same work. ``drift`` is how much slower a token
+    alone was after the trace than before it: unless it is small, the machine had other work and
+    the comparison says little. Raises ConfigError when there is no such server and DSV4Error when
+    it refuses.
+    """
+    try:
+        before, served, after = asyncio.run(_replay(url, trace))
+    except httpx.HTTPError as e:
+        raise ConfigError(
+            f"no answer from {url}", expected="a server", got=repr(e), hint="dsv4 serve"
+        ) from e
+    costs = calibrate([*before, *after])
+    drift = calibrate(after).token / calibrate(before).token - 1
+    requests = sorted(s.request for s in served)
+    predicted = simulate(requests, costs, serving)
+    tokens = sum(r.output for r in requests)
+    names = ("p50", "p95", "p99")
+    found: dict[str, Any] = {
+        "ttft": dict(zip(names, percentiles([s.ttft for s in served]), strict=True)),
+        "inter_token": dict(
+            zip(names, percentiles([g for s in served for g in s.gaps]), strict=True)
+        ),
+        "output_tokens_per_second": tokens / max(s.times[-1] for s in served),
+    }
+    expected = {key: predicted[key] for key in found}
+    speed = "output_tokens_per_second"
+    error = {
+        "ttft_p50": expected["ttft"]["p50"] / found["ttft"]["p50"] - 1,
+        speed: expected[speed] / found[speed] - 1,
+    }
+    return {
+        "requests": len(requests),
+        "calibration": {key: getattr(costs, key) for key in ("prompt", "token", "overhead")},
+        "drift": drift,
+        "measured": found,
+        "predicted": expected,
+        "error": error,
+    }
