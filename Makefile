@@ -5,13 +5,16 @@ BIN    := $(VENV)/bin
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 
-.PHONY: help setup serve chat check test clean
+.PHONY: help setup serve chat check test sanitize clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(BIN)/dsv4: pyproject.toml
+NATIVE := $(wildcard src/dsv4/kernels/native/*.cpp src/dsv4/kernels/native/*.h) \
+          src/dsv4/kernels/native/CMakeLists.txt
+
+$(BIN)/dsv4: pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "dsv4 needs Python >= 3.10; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +43,16 @@ test: $(VENV)/.dev    ## lint, types and every test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+
+sanitize: $(VENV)/.dev  ## test the native kernels under the address and undefined-behaviour sanitizers
+	cmake -S src/dsv4/kernels/native -B build/sanitize -DDSV4_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build build/sanitize --parallel
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	  $(BIN)/python -m pytest -q tests/test_native_kernels.py; \
+	  status=$$?; $(BIN)/python -m pip install -q -e .; exit $$status
 
 clean:           ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -3,6 +3,7 @@
 // Each result is sixteen sums, one per lane, of the steps of 128 inputs in order, which are added by
 // halves at the end. Few rows are multiplied while the weight is read; for many, a tile of the
 // weight is unpacked into the cache first. The order of every sum is the same either way.
+#include "functions.h"
 #include "kernels.h"
 #include "weights.h"
 
@@ -13,39 +14,68 @@ using dsv4::Product;
 
 // ---------------------------------------------------------------- activations
 
-inline float as_float(const void* x, bool is_bf16, int64_t i) {
-  return is_bf16 ? widen(static_cast<const uint16_t*>(x)[i]) : static_cast<const float*>(x)[i];
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+
+// The same as four vectors of pairs in the order of `input_at`.
+inline Step in_pairs(const uint16_t* x, Format format) {
+  Step out;
+  auto* to = reinterpret_cast<uint8_t*>(&out);
+  if (format == Format::fp4) {  // words 4 w + v of every w
+    for (int part = 0; part < 4; part++) {
+      u64x8 fours = load<u64x8>(x + 32 * part);
+      for (int v = 0; v < 4; v++) {
+        store(to + 64 * v + 16 * part, __builtin_convertvector(fours >> 16 * v, u16x8));
+      }
+    }
+  } else if (format == Format::fp8) {  // eights of words change places
+    for (int v = 0; v < 4; v++) {
+      for (int eight = 0; eight < 4; eight++) {
+        std::memcpy(to + 64 * v + 16 * eight, x + input_at(format, v, 8 * eight), 16);
+      }
+    }
+  } else {
+    std::memcpy(to, x, 2 * STEP);
+  }
+  return out;
 }
 
-struct Order {  // of the inputs in an arranged step
-  uint8_t input[STEP];
-  constexpr Order(Format format, bool pairs) : input() {
-    for (int p = 0; p < STEP; p++) {
-      int word = p % 32;  // float32 vectors have the odd words of 32 first, then the even ones
-      if (!pairs) word = word < LANES ? 2 * word + 1 : 2 * (word - LANES);
-      input[p] = (uint8_t)(format == Format::f32 ? p : input_at(format, p / 32, word));
+// 128 float32 as eight vectors: of each pair the second one, then the first.
+inline void in_singles(const float* x, Format format, float* out) {
+  for (int v = 0; v < 4; v++) {
+    for (int i = 0; i < LANES; i++) {
+      out[32 * v + i] = x[input_at(format, v, 2 * i + 1)];
+      out[32 * v + LANES + i] = x[input_at(format, v, 2 * i)];
     }
   }
-};
-constexpr Order PAIRS_ORDER[] = {{Format::fp4, true}, {Format::fp8, true}, {Format::bf16, true}};
-constexpr Order SINGLES_ORDER[] = {
-    {Format::fp4, false}, {Format::fp8, false}, {Format::bf16, false}, {Format::f32, false}};
+}
 
 }  // namespace
 
 void arrange(const void* from, bool is_bf16, int64_t inputs, Format format, bool pairs,
              uint8_t* to) {
-  const uint8_t* input = (pairs ? PAIRS_ORDER : SINGLES_ORDER)[(int)format].input;
-  for (int64_t begin = 0; begin < inputs; begin += STEP) {
-    const int64_t left = inputs - begin < STEP ? inputs - begin : STEP;
+  const int64_t element = is_bf16 ? 2 : 4;
+  for (int64_t begin = 0; begin < inputs; begin += STEP, to += STEP * (pairs ? 2 : 4)) {
+    const uint8_t* x = static_cast<const uint8_t*>(from) + begin * element;
+    alignas(64) uint8_t padded[4 * STEP];
+    if (inputs - begin < STEP) {
+      std::memset(padded, 0, sizeof padded);
+      std::memcpy(padded, x, (inputs - begin) * element);
+      x = padded;
+    }
+    float* singles = reinterpret_cast<float*>(to);
     if (pairs) {
-      uint16_t x[STEP] = {}, *out = reinterpret_cast<uint16_t*>(to) + begin;
-      std::memcpy(x, static_cast<const uint16_t*>(from) + begin, 2 * left);
-      for (int p = 0; p < STEP; p++) out[p] = x[input[p]];
+      store(to, in_pairs(reinterpret_cast<const uint16_t*>(x), format));
+    } else if (format == Format::f32) {
+      for (int i = 0; i < STEP; i += LANES) store(singles + i, get(x, is_bf16, i));
+    } else if (is_bf16) {
+      Step step = in_pairs(reinterpret_cast<const uint16_t*>(x), format);
+      for (int v = 0; v < 4; v++) {
+        store(singles + 32 * v, odd(step.v[v]));
+        store(singles + 32 * v + LANES, even(step.v[v]));
+      }
     } else {
-      float x[STEP] = {}, *out = reinterpret_cast<float*>(to) + begin;
-      for (int64_t k = 0; k < left; k++) x[k] = as_float(from, is_bf16, begin + k);
-      for (int p = 0; p < STEP; p++) out[p] = x[input[p]];
+      in_singles(reinterpret_cast<const float*>(x), format, singles);
     }
   }
 }

@@ -72,7 +72,7 @@ struct Fp4Row {
   static Step unpack(const uint8_t* from, const uint8_t* scale) {
     u16x32 shift;  // each scale for eight words
     for (int block = 0; block < 4; block++) {
-      uint16_t one = (uint16_t)((clamp(scale[block], 2, 252) - 127) << 7);
+      uint16_t one = (uint16_t)((clamp(scale[block], 2, 252) - 127) * 128);
       for (int w = 0; w < 8; w++) shift[8 * block + w] = one;
     }
     u16x32 four = load<u16x32>(from);
@@ -160,11 +160,12 @@ struct Fp8Row {
 
   // The biased exponent of the scale of step i: E8M0, or the same bits of a float32.
   int exponent(int64_t i) const {
-    return scale_bytes == 1 ? scales[i] : (int)(load<uint32_t>(scales + 4 * i) >> 23);
+    return scale_bytes == 1 ? scales[i] : (int)(load<uint32_t>(scales + 4 * i) >> 23 & 0xFF);
   }
 
   static Step unpack(const uint8_t* from, int exponent) {
-    u16x32 shift = (uint16_t)((clamp(exponent, 10, 246) - 127) << 7) - u16x32{};
+    const uint16_t one = (uint16_t)((clamp(exponent, 10, 246) - 127) * 128);
+    u16x32 shift = one - u16x32{};
     Step out = values(from);
     for (int v = 0; v < 4; v++) out.v[v] = scaled(out.v[v], shift);
     return out;
@@ -197,8 +198,7 @@ struct Fp8Row {
 
   template <int ROWS>
   void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
-    int32_t bits = exponent(i) << 23;
-    f32x16 scale = (f32x16)_mm512_set1_epi32(bits);
+    f32x16 scale = (f32x16)_mm512_set1_epi32(exponent(i) << 23);
     Step w = values(codes + 128 * i);
     for (int m = 0; m < ROWS; m++) {
       f32x16 part = {};
