@@ -130,3 +130,19 @@ def test_kernels_are_measured_at_known_shapes() -> None:
 
     with pytest.raises(ConfigError, match="flash or pro or nano"):
         bench_kernels.run("small")
+
+
+@pytest.mark.slow
+def test_training_steps_are_timed() -> None:
+    options = ["train", "nano", "--samples", "1", "--length", "64", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv4.cli", "bench", *options, "--against", "transformers", "--json"],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report["engines"]) == {"dsv4", "transformers"} and report["ratio"] > 0
+    for engine in report["engines"].values():
+        assert engine["tokens_per_s"] > 0 and engine["peak_bytes"] > 0
+        assert 0 < engine["of_matmul"] < 1 and 5 < engine["loss"] < 10
+    assert report["flops"]["newton_schulz"] > 0 and report["planned_bytes"] > 10**8

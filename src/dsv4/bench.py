@@ -396,8 +396,8 @@ class _Measured:
         for dtype in (torch.float32, torch.bfloat16):  # the libraries' own pages are not the model
             x = torch.ones(64, 256, dtype=dtype)
             (x @ x.T).softmax(-1).sort()
-        _forget_peak()
-        self._before, self._peak_before = _resident(self._folder), _peak()
+        forget_peak()
+        self._before, self._peak_before = _resident(self._folder), peak_bytes()
         begin = time.perf_counter()
         self._runner.load()
         return {"load_seconds": time.perf_counter() - begin}
@@ -414,7 +414,7 @@ class _Measured:
 
     def memory(self, file_bytes: int) -> Report:
         resident, kv = _resident(self._folder) - self._before, self._runner.kv_bytes()
-        report = {"resident_bytes": resident, "peak_bytes": _peak() - self._peak_before}
+        report = {"resident_bytes": resident, "peak_bytes": peak_bytes() - self._peak_before}
         of_file = (resident - (kv or 0)) / file_bytes
         return report | {"kv_bytes": kv, "resident_without_kv_of_file": of_file}
 
@@ -445,8 +445,8 @@ def _resident(folder: str) -> int:
     return total
 
 
-def _peak() -> int:
-    """The most bytes of this process in memory, code included, since ``_forget_peak`` (or its
+def peak_bytes() -> int:
+    """The most bytes of this process in memory, code included, since ``forget_peak`` (or its
     start, where the system cannot forget)."""
     status = Path("/proc/self/status")
     if status.is_file():
@@ -459,7 +459,7 @@ def _peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -140,6 +140,63 @@ def bench_kernels(
     console.print(_machine_line(machine), highlight=False)
 
 
+@bench_app.command("train")
+def bench_train(
+    shape: Annotated[str, typer.Argument(help="25m, or nano.")] = "25m",
+    against: Annotated[
+        str | None, typer.Option(help="Another implementation of the shape: transformers.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 2,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 2048,
+    repeats: Annotated[int, typer.Option(help="Steps that are timed.", min=1)] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Training steps beside the machine's BF16 matmul, alone or next to another implementation.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench train
+      dsv4 bench train --against transformers --json
+      DSV4_KERNELS=reference dsv4 bench train nano
+    """
+    from ..bench_training import run
+
+    report = run(
+        shape, against=against, samples=samples, length=length, repeats=repeats, threads=threads,
+        say=_progress,
+    )  # fmt: skip
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    model, engines = report["model"], report["engines"].values()
+    size = f"{model['parameters'] / 1e6:.1f}M parameters, {model['active'] / 1e6:.1f}M active"
+    table = Table(title=f"{shape}: {size}, {samples} x {length} tokens", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in report["engines"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    speeds = (f"{e['tokens_per_s']:,.0f} ({e['low']:,.0f}-{e['high']:,.0f})" for e in engines)
+    table.add_row("tokens a second", *speeds)
+    table.add_row("of the BF16 matmul rate", *(f"{e['of_matmul']:.1%}" for e in engines))
+    table.add_row(
+        "Newton-Schulz counted too",
+        *(f"{e['of_matmul_with_newton_schulz']:.1%}" for e in engines),
+    )
+    table.add_row("peak memory added", *(human(e["peak_bytes"]) for e in engines))
+    console = Console()
+    console.print(table)
+    if "ratio" in report:
+        console.print(f"{report['ratio']:.2f} times as fast as {against}", highlight=False)
+    planned = human(report["planned_bytes"])
+    console.print(f"weights, gradients and moments: {planned} by plan", highlight=False)
+    console.print(_machine_line(report["machine"]), highlight=False)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine and this installation can do.
