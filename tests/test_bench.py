@@ -134,10 +134,10 @@ def test_kernels_are_measured_at_known_shapes() -> None:
 
 @pytest.mark.slow
 def test_training_steps_are_timed() -> None:
+    what = ["train", "nano", "--against", "transformers"]
     options = ["--samples", "1", "--length", "64", "--repeats", "1", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "dsv4.cli", "bench", "train", "nano", "--against", "transformers"]
-        + options,
+        [sys.executable, "-m", "dsv4.cli", "bench", *what, *options],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
