@@ -416,6 +416,13 @@ def simulate(
     else:
         env.run()
         end = max(record.last, 1e-9)
+    if not record.ttft:
+        raise ConfigError(
+            "nothing was answered in the time simulated",
+            expected="at least one request",
+            got=f"{len(requests)} requests, {end - begin:g} s",
+            hint="simulate for longer: --seconds 600",
+        )
     span = end - begin
     scale = true / replicas
     throughput = record.output / span * scale
@@ -429,8 +436,8 @@ def simulate(
         "prompt_tokens_per_second": record.prompt / span * scale,
         "cache_hit_rate": record.cached / max(1, record.prompt),
         "busy": sum(replica.busy for replica in everyone) / replicas / span,
-        "ttft": _named(percentiles(record.ttft)),
-        "inter_token": _named(percentiles(record.gaps, record.gap_counts)),
+        "ttft": named(percentiles(record.ttft)),
+        "inter_token": named(percentiles(record.gaps, record.gap_counts)),
     }
     if month is not None and throughput:
         seconds = 730 * 3600
@@ -474,5 +481,7 @@ def grow(
     return reports
 
 
-def _named(values: Iterable[float]) -> dict[str, float]:
-    return dict(zip(("p50", "p95", "p99"), values, strict=True))
+def named(values: Iterable[float]) -> dict[str, float | None]:
+    """Percentiles by name; None where nothing happened (an answer of one token has no gaps)."""
+    numbers = (None if math.isnan(value) else value for value in values)
+    return dict(zip(("p50", "p95", "p99"), numbers, strict=True))
