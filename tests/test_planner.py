@@ -230,3 +230,5 @@ def test_training_is_three_forward_passes() -> None:
     assert training_flops(TINY, 64).total == 3 * forward_flops(TINY, 64, mtp=True).total
     with pytest.raises(ConfigError, match="4096"):
         forward_flops(TINY, 4097)
+    with pytest.raises(ConfigError, match="official"):
+        session_bytes(TINY, [1], "fp16")

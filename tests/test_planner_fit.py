@@ -9,7 +9,7 @@ import pytest
 
 from dsv4.config import V4Config
 from dsv4.errors import ConfigError
-from dsv4.formats import with_format
+from dsv4.formats import FORMATS, with_format
 from dsv4.planner import weight_bytes
 from dsv4.planner.fit import Use, fit, median_error, published
 from dsv4.planner.hardware import Machine, data, devices, engine, machine
@@ -41,9 +41,10 @@ def test_no_memory_anywhere_is_said_too() -> None:
 
 
 def test_weights_are_those_of_the_file() -> None:
-    for config in (FLASH, PRO):
-        for name in ("instruct", "base"):
-            assert sizes(config, name).total == weight_bytes(with_format(config, name))
+    nano = V4Config.preset("nano")
+    for name in FORMATS:
+        assert sizes(nano, name).total == weight_bytes(with_format(nano, name))
+    assert sizes(FLASH, "instruct").total == weight_bytes(FLASH)
     report = fit("flash", FLASH, machine("M3-Max-128"), 8192)
     fitting = {row["quantization"]: row["fits"] for row in report["quantizations"]}
     assert [*fitting] == ["bf16", "base", "fp8", "q4", "instruct", "q2"]

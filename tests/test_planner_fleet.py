@@ -59,6 +59,7 @@ def test_waiting_is_that_of_an_m_d_1_queue() -> None:
     waits = lindley(arrivals, service)
     assert np.mean(waits) == pytest.approx(load * service / (2 * (1 - load)), rel=0.1)
     expected = percentiles([wait + service for wait in waits])
+    assert report["inter_token"]["p50"] is None  # answers of one token have no gaps
     assert list(report["ttft"].values()) == pytest.approx(expected, rel=1e-6)
     assert report["busy"] == pytest.approx(load, rel=0.05)
 
@@ -185,6 +186,7 @@ def test_traces(tmp_path: Path) -> None:
         lambda: Serving(routing="best"),
         lambda: Serving(prefill_share=1.0),
         lambda: grow(Workload(rate=1), COSTS, 4096, []),
+        lambda: grow(Workload(rate=1e-6), COSTS, 4096, [1], seconds=1),
     ],
 )
 def test_bad_input_is_refused(wrong: Any) -> None:

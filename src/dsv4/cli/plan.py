@@ -424,7 +424,8 @@ def fleet_command(
             table.add_row(label, *(form.format(report[key]) for report in reports))
     for label, key in (("TTFT", "ttft"), ("between tokens", "inter_token")):
         for share in ("p50", "p95", "p99"):
-            values = (f"{1000 * report[key][share]:,.1f}" for report in reports)
+            found = [report[key][share] for report in reports]
+            values = ("-" if v is None else f"{1000 * v:,.1f}" for v in found)
             table.add_row(f"{label} {share}, ms", *values)
     console = Console()
     console.print(table)
@@ -498,6 +499,7 @@ def _show_replay(report: dict[str, Any], as_json: bool) -> None:
         (f"{label} {share}, ms", 1000 * measured[key][share], 1000 * predicted[key][share])
         for label, key in (("TTFT", "ttft"), ("between tokens", "inter_token"))
         for share in ("p50", "p95", "p99")
+        if measured[key][share] and predicted[key][share]
     ]
     speed = "output_tokens_per_second"
     pairs.append(("output tokens/s", measured[speed], predicted[speed]))

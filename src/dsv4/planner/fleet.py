@@ -191,7 +191,6 @@ class _Job:
     cached: int = 0
     prefilled: int = 0
     given: int = 0
-    first_token: float = math.nan
 
     @property
     def context(self) -> int:
@@ -232,7 +231,7 @@ class _Replica:
         self.keeps = keeps  # the chance that what a session left is here and not elsewhere
         self.random = np.random.default_rng(0)
         self.wake = env.event()
-        self.next: _Replica | None = None  # who decodes what this one prefills
+        self.decoders: Sequence[_Replica] = ()  # who decodes what this one prefills, if not itself
         env.process(self.run())
 
     @property
@@ -260,7 +259,7 @@ class _Replica:
             if self.prefilling:
                 yield from self._mixed_step(step)
             else:
-                yield from self._decode_steps(step, users)
+                yield from self._decode_steps(step)
             self.busy += self.env.now - begin
 
     def _admit(self) -> None:
@@ -271,13 +270,13 @@ class _Replica:
             if self.used + need > self.costs.room and not alone:
                 return
             self.used += need
-            self._forget(self.costs.room - self.used)
             del self.waiting[0]
             if job.prefilled < job.request.prompt:
                 job.cached = job.prefilled = self._remembered(job.request)
                 self.prefilling.append(job)
             else:
                 self.decoding.append(job)
+            self._forget(self.costs.room - self.used)
 
     def _mixed_step(self, step: float) -> Generator[Any, Any, None]:
         """A chunk of the first prompt, and a token for each that decodes."""
@@ -289,20 +288,20 @@ class _Replica:
         job.prefilled += chunk
         if job.prefilled == job.request.prompt:
             del self.prefilling[0]
-            job.given, job.first_token = 1, self.env.now
+            job.given = 1
             self.record.ttft.append(self.env.now - job.request.arrival)
             self.record.output += 1
             self.record.prompt += job.request.prompt
             self.record.cached += job.cached
             if job.left == 0:
                 self._finish(job)
-            elif self.next is None:
+            elif not self.decoders:
                 self.decoding.append(job)
             else:
                 self._release(job)
-                self.env.process(self._hand_over(job, self.next))
+                self.env.process(self._hand_over(job))
 
-    def _decode_steps(self, step: float, users: int) -> Generator[Any, Any, None]:
+    def _decode_steps(self, step: float) -> Generator[Any, Any, None]:
         """As many equal steps as nothing interrupts: an arrival does, at the next step's end."""
         most = min(64, min(job.left for job in self.decoding))
         begin = self.env.now
@@ -325,9 +324,9 @@ class _Replica:
             self.decoding.remove(job)
             self._finish(job)
 
-    def _hand_over(self, job: _Job, to: _Replica) -> Generator[Any, Any, None]:
+    def _hand_over(self, job: _Job) -> Generator[Any, Any, None]:
         yield self.env.timeout(self.costs.kv(job.context) / self.costs.transfer)
-        to.submit(job)
+        min(self.decoders, key=lambda replica: replica.load).submit(job)
 
     def _finish(self, job: _Job) -> None:
         self.record.finished += 1
@@ -389,7 +388,9 @@ def simulate(
         )
     keeps = 1.0 if serving.routing == "sticky" else replicas / true
     everyone = [_Replica(env, costs, serving, record, keeps) for _ in range(replicas)]
-    front, back = everyone[:prefillers] or everyone, everyone[prefillers:] if prefillers else []
+    front = everyone[:prefillers] or everyone
+    for replica in everyone[:prefillers]:
+        replica.decoders = everyone[prefillers:]
 
     def route(request: Request) -> _Replica:
         if serving.routing == "sticky" and request.session >= 0:
@@ -401,10 +402,7 @@ def simulate(
     def arrive() -> Generator[Any, Any, None]:
         for request in requests:
             yield env.timeout(request.arrival - env.now)
-            replica = route(request)
-            if back:
-                replica.next = min(back, key=lambda other: other.load)
-            replica.submit(_Job(request))
+            route(request).submit(_Job(request))
 
     env.process(arrive())
     begin = 0.0
@@ -418,6 +416,13 @@ def simulate(
     else:
         env.run()
         end = max(record.last, 1e-9)
+    if not record.ttft:
+        raise ConfigError(
+            "nothing was answered in the time simulated",
+            expected="at least one request",
+            got=f"{len(requests)} requests, {end - begin:g} s",
+            hint="simulate for longer: --seconds 600",
+        )
     span = end - begin
     scale = true / replicas
     throughput = record.output / span * scale
@@ -431,8 +436,8 @@ def simulate(
         "prompt_tokens_per_second": record.prompt / span * scale,
         "cache_hit_rate": record.cached / max(1, record.prompt),
         "busy": sum(replica.busy for replica in everyone) / replicas / span,
-        "ttft": _named(percentiles(record.ttft)),
-        "inter_token": _named(percentiles(record.gaps, record.gap_counts)),
+        "ttft": named(percentiles(record.ttft)),
+        "inter_token": named(percentiles(record.gaps, record.gap_counts)),
     }
     if month is not None and throughput:
         seconds = 730 * 3600
@@ -476,5 +481,7 @@ def grow(
     return reports
 
 
-def _named(values: Iterable[float]) -> dict[str, float]:
-    return dict(zip(("p50", "p95", "p99"), values, strict=True))
+def named(values: Iterable[float]) -> dict[str, float | None]:
+    """Percentiles by name; None where nothing happened (an answer of one token has no gaps)."""
+    numbers = (None if math.isnan(value) else value for value in values)
+    return dict(zip(("p50", "p95", "p99"), numbers, strict=True))

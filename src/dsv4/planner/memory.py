@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..config import FP4_BLOCK, V4Config
+from ..errors import ConfigError
 from ..formats import inventory
 
 KV_SCALE_BLOCK = 64  # channels of an entry that share an FP8 scale
 GRAIN = 128  # tokens between snapshots of a session
+ITEM_BYTES = {"official": 2, "float32": 4}  # of an activation
 
 
 def weight_bytes(config: V4Config) -> int:
@@ -115,9 +117,11 @@ def session_bytes(config: V4Config, passes: Iterable[int], numerics: str = "offi
     Equals ``Session.bytes()``: entries in the numerics' activation type (BF16 for official, 4
     bytes for float32) and not in the packed formats, raw rows in float32, tables with room to
     grow, and the snapshots that make rewinding cheap. ``extend_passes`` gives the passes of one
-    ``extend``.
+    ``extend``. Raises ConfigError for other numerics.
     """
-    item = 2 if numerics == "official" else 4
+    if numerics not in ITEM_BYTES:
+        raise ConfigError("no such numerics", expected=" or ".join(ITEM_BYTES), got=numerics)
+    item = ITEM_BYTES[numerics]
     layers = [_Layer(config, r, item) for r in config.compress_ratios[: config.num_hidden_layers]]
     length, snapshots = 0, dict[int, int]()
 

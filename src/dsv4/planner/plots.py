@@ -76,7 +76,7 @@ def plot_fleet(path: str | Path, reports: Sequence[dict[str, Any]]) -> None:
         ("inter_token", "between tokens", COLOURS["flash"]),
     ):
         for share, style in (("p50", "-"), ("p95", "--"), ("p99", ":")):
-            values = [1000 * report[key][share] for report in reports]
+            values = [1000 * (report[key][share] or 0) for report in reports]
             left.plot(nodes, values, style, color=colour, marker=".", label=f"{name}, {share}")
     left.set_ylabel("milliseconds")
     left.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")

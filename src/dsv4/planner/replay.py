@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from ..errors import ConfigError, DSV4Error
-from .fleet import MeasuredCosts, Serving, simulate
+from .fleet import MeasuredCosts, Serving, named, simulate
 from .workload import Request, percentiles
 
 LENGTHS = (16, 128, 512, 1024)  # prompt tokens of the calibration
@@ -156,12 +156,9 @@ def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, A
     requests = sorted(s.request for s in served)
     predicted = simulate(requests, costs, serving)
     tokens = sum(r.output for r in requests)
-    names = ("p50", "p95", "p99")
     found: dict[str, Any] = {
-        "ttft": dict(zip(names, percentiles([s.ttft for s in served]), strict=True)),
-        "inter_token": dict(
-            zip(names, percentiles([g for s in served for g in s.gaps]), strict=True)
-        ),
+        "ttft": named(percentiles([s.ttft for s in served])),
+        "inter_token": named(percentiles([g for s in served for g in s.gaps])),
         "output_tokens_per_second": tokens / max(s.times[-1] for s in served),
     }
     expected = {key: predicted[key] for key in found}
