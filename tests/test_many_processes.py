@@ -17,7 +17,7 @@ from dsv4.train.runfiles import read_log
 TOML = """
 dtype = "float32"
 vocab_documents = 50
-lr = 1e-3
+lr = 3e-4
 tokens_per_batch = 512
 log_every = 1
 checkpoint_every = 1000
