@@ -322,10 +322,10 @@ def index_loss(
     gets none. Source: the V3.2 report's warm-up and sparse training of its indexer.
     """
     losses = []
-    for a in range(0, q.shape[1], QUERY_BLOCK):
-        block = slice(a, a + QUERY_BLOCK)
-        n = q[:, block].shape[1]
-        count = (a + n) // ratio
+    blocks = zip(q.split(QUERY_BLOCK, 1), weights.split(QUERY_BLOCK, 1), strict=True)
+    for a, (qs, ws) in zip(range(0, q.shape[1], QUERY_BLOCK), blocks, strict=True):
+        n = qs.shape[1]
+        block, count = slice(a, a + n), (a + n) // ratio
         hidden = _hidden_rows(None if chosen is None else chosen[:, block], a, n, ratio, count, q)
         with torch.no_grad():
             p = _row_attention(
@@ -333,7 +333,7 @@ def index_loss(
                 hidden, sink, width, scale,
             )
         losses.append(
-            _IndexLoss.apply(q[:, block], keys[:, :count], weights[:, block], p, hidden)  # type: ignore[no-untyped-call]
+            _IndexLoss.apply(qs, keys[:, :count], ws, p, hidden)  # type: ignore[no-untyped-call]
         )
     return torch.cat(losses, 1)
 
@@ -420,8 +420,8 @@ def attention(
     sparse = chosen is not None and rows is not None and rows.shape[1] > 4 * chosen.shape[2]
     sparse = sparse and not q.requires_grad  # where a masked product is faster
     step = 16 if sparse else QUERY_BLOCK
-    for a in range(0, q.shape[1], step):
-        qs = q[:, a : a + step]
+    # split, not sliced: the gradient of each slice would be as large as q
+    for a, qs in zip(range(0, q.shape[1], step), q.split(step, 1), strict=True):
         n = qs.shape[1]
         first = max(0, a + earlier - width + 1)
         near = window[:, first : a + n + earlier]
