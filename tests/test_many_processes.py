@@ -17,11 +17,12 @@ from dsv4.train.runfiles import read_log
 TOML = """
 dtype = "float32"
 vocab_documents = 50
-lr = 1e-3
+lr = 3e-4
+tokens_per_batch = 512
 log_every = 1
 checkpoint_every = 1000
 length = 96
-shares = { number_facts = 1 }
+shares = { recall = 1 }
 [model]
 vocab_size = 384
 hidden_size = 128
@@ -30,7 +31,6 @@ num_attention_heads = 2
 head_dim = 64
 qk_rope_head_dim = 32
 n_routed_experts = 4
-num_experts_per_tok = 2
 index_n_heads = 2
 compress_ratios = [4, 128, 0]
 moe_intermediate_size = 128
@@ -41,13 +41,13 @@ o_groups = 1
 
 
 def train(
-    folder: Path, stages: list[int], processes: int, experts: int, tokens: int = 384
+    folder: Path, stages: list[int], processes: int, experts: int, chosen: int = 2
 ) -> list[float]:
     """The loss of every step, over stages of so many."""
     folder.mkdir(exist_ok=True)
     recipe = folder / "recipe.toml"
     text = "".join(f"[[stages]]\nsteps = {n}\n" for n in stages)
-    recipe.write_text(f"tokens_per_batch = {tokens}\n{TOML}{text}")
+    recipe.write_text(f"{TOML}num_experts_per_tok = {chosen}\n{text}")
     program = ["-m", "dsv4.train", str(recipe), "--out", str(folder / "run")]
     started = []
     with socket.socket() as s:
@@ -68,18 +68,19 @@ def apart(a: list[float], b: list[float]) -> float:
 
 @pytest.mark.slow
 def test_a_hundred_steps_of_one_and_two_processes_agree(tmp_path: Path) -> None:
-    """With the samples divided, and with samples and experts. The batches are small because one
-    token whose experts are a tie, to the last bit, is enough to part two runs."""
-    alone = train(tmp_path / "alone", [100], 1, 1)
+    """With the samples divided, and with samples and experts. Every token goes to all experts:
+    one whose best are a tie, to the last bit, would be enough to part two runs."""
+    alone = train(tmp_path / "alone", [100], 1, 1, chosen=4)
     assert len(alone) == 100 and alone[-1] < alone[0] / 2
     for experts in (1, 2):
-        assert apart(alone, train(tmp_path / f"experts {experts}", [100], 2, experts)) < 1e-5
+        others = train(tmp_path / f"experts {experts}", [100], 2, experts, chosen=4)
+        assert apart(alone, others) < 1e-5, experts
 
 
 @pytest.mark.slow
 def test_a_mesh_of_two_by_two_agrees(tmp_path: Path) -> None:
-    alone = train(tmp_path / "alone", [15], 1, 1, 768)
-    assert apart(alone, train(tmp_path / "mesh", [15], 4, 2, 768)) < 1e-5
+    alone = train(tmp_path / "alone", [15], 1, 1)
+    assert apart(alone, train(tmp_path / "mesh", [15], 4, 2)) < 1e-5
 
 
 @pytest.mark.slow

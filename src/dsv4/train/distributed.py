@@ -90,19 +90,20 @@ class Ranks:
         """The samples of a batch that this rank takes, in passes of about ``most`` tokens (0: all
         at once). All ranks have as many passes, and passes about as many tokens.
 
-        TrainingError when there are not samples enough.
+        TrainingError when there is not a sample for each.
         """
+        samples = len(batch.lengths)
+        if samples < self.size:
+            raise TrainingError(
+                "a batch has fewer samples than there are processes",
+                expected=f"at least {self.size}",
+                got=samples,
+                hint="raise tokens_per_batch, or use fewer processes",
+            )
         passes = -(-batch.ids.numel() // (self.size * most)) if most else 1
-        count = self.size * passes
+        count = self.size * min(passes, samples // self.size)
         if count == 1:
             return [batch]
-        if count > len(batch.lengths):
-            raise TrainingError(
-                "a batch has too few samples to be divided",
-                expected=f"at least {count}, for {self.size} processes of {passes} passes",
-                got=len(batch.lengths),
-                hint="raise tokens_per_batch or tokens_per_pass, or use fewer processes",
-            )
         owners = divided(batch.lengths, count)
         ids, weights = (x.split(batch.lengths, 1) for x in batch[:2])
         out = []
