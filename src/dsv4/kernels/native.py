@@ -92,7 +92,7 @@ def routed_experts(
 
     The addresses of all matrices are looked up when ``w1`` is first seen.
     """
-    table = None if torch.is_grad_enabled() else _table(w1, w2, w3)
+    table = None if torch.is_grad_enabled() else _table(w1, w2, w3, dtype)
     x = x.to(dtype).contiguous()
     if table is None or not table.takes(x, dtype):
         return reference.routed_experts(
@@ -175,12 +175,18 @@ def _address(stored: Stored) -> tuple[int, int, int, int, int, int]:
 _tables: weakref.WeakKeyDictionary[Matrices, _Table] = weakref.WeakKeyDictionary()
 
 
-def _table(w1: Matrices, w2: Matrices, w3: Matrices) -> _Table:
-    if isinstance(w1, list):  # cannot be remembered
-        return _Table(w1, w2, w3)
-    if w1 not in _tables:
-        _tables[w1] = _Table(w1, w2, w3)
-    return _tables[w1]
+def _table(
+    w1: Matrices, w2: Matrices, w3: Matrices, dtype: torch.dtype
+) -> _Table | None:
+    remembered = not isinstance(w1, list)  # a list cannot be
+    table = _tables.get(w1) if remembered else None
+    if table is None:
+        if w1[0].weight.dtype == F32 and dtype != F32:
+            return None  # masters in training, made ready one by one
+        table = _Table(w1, w2, w3)
+        if remembered:
+            _tables[w1] = table
+    return table
 
 
 def _takes(x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -194,7 +200,7 @@ def _takes(x: Tensor, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) 
 
 def _readable(weight: Tensor, scale: Tensor | None) -> bool:
     """Whether a stored weight is of a format and in a place that the kernels can read."""
-    if weight.dtype not in FORMATS or weight.device.type != "cpu":
+    if weight.dtype not in FORMATS or not weight.is_cpu:
         return False
     if scale is None:
         return weight.dtype in (BF16, F32)
@@ -234,10 +240,10 @@ def _linear(
 def _plain(*tensors: Tensor) -> bool:
     """Whether these are numbers in the memory of this machine that need no gradient."""
     grad = torch.is_grad_enabled()
-    return not any(
-        t.dtype not in (BF16, F32) or t.device.type != "cpu" or (grad and t.requires_grad)
-        for t in tensors
-    )
+    for t in tensors:
+        if t.dtype not in (BF16, F32) or not t.is_cpu or (grad and t.requires_grad):
+            return False
+    return True
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -41,7 +41,7 @@ struct Product {
   bool out_bf16;
 };
 
-constexpr int64_t PRODUCT_WORKSPACE = 512 << 10;  // bytes that Multiply needs
+constexpr int64_t PRODUCT_WORKSPACE = 160 << 10;  // bytes that Multiply needs
 
 // One row of activations in the order in which weights of `format` are read, filled up with zeros
 // to arranged_bytes(). As pairs of bfloat16, or as float32.

@@ -7,7 +7,7 @@
 namespace dsv4 {
 namespace {
 
-constexpr int64_t MANY = 256;       // rows of activations in one task
+constexpr int64_t MANY = 128;       // rows of activations in one task
 constexpr int64_t TASK = 64 << 10;  // bytes of weight in a task of few rows
 
 // Columns of a task: enough to be worth telling a thread, a multiple of what a tile holds.

@@ -158,8 +158,8 @@ void few_rows(const Product& job, int64_t row) {
 // ---------------------------------------------------------------- many rows
 
 constexpr int TILE = 16;         // columns unpacked at once
-constexpr int64_t DEPTH = 1024;  // bytes of a column's piece: with the activations it fits in L1
-constexpr int64_t MANY = 256;    // rows whose sums are kept between pieces
+constexpr int64_t DEPTH = 2048;  // bytes of a column's piece: with the activations it fits in L1
+constexpr int64_t MANY = 128;    // rows whose sums are kept between pieces
 
 #if DSV4_PAIRS || defined(__AVX512F__) || defined(__aarch64__)
 constexpr int ACROSS = 4, DOWN = 4;  // sums kept in registers
@@ -173,15 +173,16 @@ inline void tile(const uint8_t* const* x, const uint8_t* w, int64_t count, f32x1
   for (int n = 0; n < TILE; n += ACROSS) {
     const uint8_t* column = w + n * DEPTH;
     for (int64_t i = 0; i < count; i++) {
+      const int64_t step = i * Kind::VECTORS * 64;
       f32x16 part[ROWS][ACROSS] = {};
 #pragma GCC unroll 8
-      for (int64_t v = i * Kind::VECTORS; v < (i + 1) * Kind::VECTORS; v++) {
+      for (int v = 0; v < Kind::VECTORS; v++) {
         u32x16 a[ROWS];
 #pragma GCC unroll 4
-        for (int m = 0; m < ROWS; m++) a[m] = load<u32x16>(x[m] + v * 64);
+        for (int m = 0; m < ROWS; m++) a[m] = load<u32x16>(x[m] + step + v * 64);
 #pragma GCC unroll 4
         for (int c = 0; c < ACROSS; c++) {
-          u32x16 b = load<u32x16>(column + c * DEPTH + v * 64);
+          u32x16 b = load<u32x16>(column + c * DEPTH + step + v * 64);
 #pragma GCC unroll 4
           for (int m = 0; m < ROWS; m++) part[m][c] = Kind::add(part[m][c], a[m], b);
         }
