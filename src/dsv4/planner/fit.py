@@ -205,7 +205,7 @@ def _statement(report: dict[str, Any], place: Placement | None) -> str:
     if place is None:
         return f"{text} Nor does it run with experts elsewhere."
     moved = place.on_ssd or place.on_host
-    return f"{text} It runs with {moved:.0%} of the experts in {place.experts}, at that speed."
+    return f"{text} It runs with {moved:.0%} of the experts {place.experts}, at that speed."
 
 
 def what_fits(speed: Speed, users: int, context: int) -> list[str]:

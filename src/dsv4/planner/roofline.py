@@ -125,8 +125,8 @@ class Placement(NamedTuple):
     def experts(self) -> str:
         """The slowest place that holds experts."""
         if self.on_ssd:
-            return "the SSD"
-        return "host memory" if self.on_host else "the devices"
+            return "on the SSD"
+        return "in host memory" if self.on_host else "on the devices"
 
 
 class Timing(NamedTuple):
