@@ -88,6 +88,7 @@ def test_it_goes_back_and_routes_ahead(
         assert injected.used[step] is made
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_amid_or_after_becomes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

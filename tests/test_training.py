@@ -161,6 +161,7 @@ def test_stages_train_the_indexer_when_they_say(tmp_path: Path) -> None:
         assert (changed <= indexer) == (stage.attention == "warmup"), stage.attention
 
 
+@pytest.mark.slow
 def test_passes_and_recomputation_change_nothing_but_memory(tmp_path: Path) -> None:
     losses = []
     for name, more in {

@@ -313,6 +313,7 @@ class Run:
                 log.close()
         if self.ranks.first:
             self.export()
+        self.ranks.wait()  # who leaves while others work may take the connection along
 
     def _line(self) -> dict[str, Any]:
         """The log line of the steps since the last one."""
