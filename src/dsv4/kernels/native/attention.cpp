@@ -26,15 +26,34 @@ inline f32x16 add_products(f32x16 sum, const char* x, const char* y) {
   return fma(load<f32x16>(x), load<f32x16>(y), sum);
 }
 
-// out[i] = x . keys[i] for sixteen keys of `bytes` bytes.
+// out[4 h + i] = x[h] . keys[i] for four rows of `bytes` bytes and four keys.
 template <bool BF16>
-inline f32x16 dots(const char* x, const char* const* keys, int64_t bytes) {
+inline f32x16 dots(const char* const* x, const char* const* keys, int64_t bytes) {
   f32x16 acc[16] = {};
   for (int64_t at = 0; at < bytes; at += 64) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) acc[i] = add_products<BF16>(acc[i], x + at, keys[i] + at);
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; h++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        acc[4 * h + i] = add_products<BF16>(acc[4 * h + i], x[h] + at, keys[i] + at);
+      }
+    }
   }
   return sums(acc);
+}
+
+// Four rows from `first` on; where there are fewer, the last one again.
+struct FourRows {
+  const char* x[4];
+  FourRows(const char* first, int64_t bytes, int64_t count) {
+    for (int64_t h = 0; h < 4; h++) x[h] = first + (h < count ? h : count - 1) * bytes;
+  }
+};
+
+inline f32x4 quarter(f32x16 v, int i) {
+  f32x4 out;
+  std::memcpy(&out, reinterpret_cast<const char*>(&v) + 16 * i, 16);
+  return out;
 }
 
 // ---------------------------------------------------------------- weights times values
@@ -148,15 +167,19 @@ inline void attend_as(const Attention& job, int64_t query, int64_t head, int64_t
   float* scores = reinterpret_cast<float*>(space + room * sizeof(char*));
   float totals[dsv4::HEADS];
   const int64_t first = (query * job.heads + head) * bytes;
+  for (int64_t h = 0; h < heads; h += 4) {
+    FourRows q(static_cast<const char*>(job.q) + first + h * bytes, bytes, heads - h);
+    for (int64_t i = 0; i < room; i += 4) {
+      f32x16 score = dots<BF16>(q.x, keys + i, bytes) * job.scale;
+      for (int j = 0; j < 4 && h + j < heads; j++) {
+        store(scores + (h + j) * room + i, quarter(score, j));
+      }
+    }
+  }
   for (int64_t h = 0; h < heads; h++) {
-    const char* q = static_cast<const char*>(job.q) + first + h * bytes;
     float* mine = scores + h * room;
     f32x16 most = splat(-__builtin_inff());
-    for (int64_t i = 0; i < room; i += 16) {
-      f32x16 score = dots<BF16>(q, keys + i, bytes) * job.scale;
-      store(mine + i, score);
-      most = max(score, most);  // the last key may be there more than once
-    }
+    for (int64_t i = 0; i < room; i += 16) most = max(load<f32x16>(mine + i), most);
     const float top = largest(most);
     for (int64_t i = count; i < room; i++) mine[i] = -__builtin_inff();
     f32x16 total = {};
@@ -192,22 +215,29 @@ namespace {
 
 template <bool BF16>
 inline void score_as(const IndexTopk& job, int64_t query, int64_t begin, int64_t end, float* out) {
-  const int64_t bytes = job.width * (BF16 ? 2 : 4);
-  const char* q = static_cast<const char*>(job.q) + query * job.heads * bytes;
+  const int64_t bytes = job.width * (BF16 ? 2 : 4), heads = job.heads;
+  const char* q = static_cast<const char*>(job.q) + query * heads * bytes;
   const char* keys = static_cast<const char*>(job.keys);
-  for (int64_t i = begin; i < end; i += 16) {
-    const char* some[16];
-    for (int j = 0; j < 16; j++) some[j] = keys + (i + j < end ? i + j : end - 1) * bytes;
-    f32x16 total = {};
-    for (int64_t h = 0; h < job.heads; h++) {
-      const int64_t at = query * job.heads + h;
-      float weight = BF16 ? widen(static_cast<const uint16_t*>(job.weights)[at])
-                          : static_cast<const float*>(job.weights)[at];
-      f32x16 dot = rounded(dots<BF16>(q + h * bytes, some, bytes), BF16);
-      total = total + rounded(where(dot < f32x16{}, f32x16{}, dot) * weight, BF16);
+  alignas(64) float weights[4 * dsv4::MAX_INDEX_HEADS];  // each head's four times
+  for (int64_t h = 0; h < heads; h++) {
+    const int64_t at = query * heads + h;
+    float weight = BF16 ? widen(static_cast<const uint16_t*>(job.weights)[at])
+                        : static_cast<const float*>(job.weights)[at];
+    for (int i = 0; i < 4; i++) weights[4 * h + i] = weight;
+  }
+  for (int64_t i = begin; i < end; i += 4) {
+    FourRows some(keys + i * bytes, bytes, end - i);
+    f32x4 total = {};
+    for (int64_t h = 0; h < heads; h += 4) {
+      FourRows rows(q + h * bytes, bytes, heads - h);
+      f32x16 dot = rounded(dots<BF16>(rows.x, some.x, bytes), BF16);
+      dot = where(dot < f32x16{}, f32x16{}, dot) * load<f32x16>(weights + 4 * h);
+      dot = rounded(dot, BF16);
+      for (int j = 0; j < 4 && h + j < heads; j++) total = total + quarter(dot, j);
     }
-    total = rounded(total, BF16) + 0.0f;  // no negative zero
-    for (int j = 0; j < 16 && i + j < end; j++) out[i + j] = total[j];
+    for (int j = 0; j < 4 && i + j < end; j++) {  // no negative zero
+      out[i + j] = (BF16 ? widen(narrow(total[j])) : total[j]) + 0.0f;
+    }
   }
 }
 

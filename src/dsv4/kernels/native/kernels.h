@@ -154,6 +154,8 @@ using Attend = void(const Attention& job, int64_t query, int64_t head, int64_t h
 
 inline int64_t attention_space(int64_t keys) { return (keys + 16) * (8 + 4 * HEADS); }
 
+constexpr int64_t MAX_INDEX_HEADS = 256;
+
 struct IndexTopk {
   const void *q, *keys, *weights;
   int64_t heads, width;
