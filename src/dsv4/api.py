@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,19 @@ class Model:
             )
         return torch.tensor([tokens])
 
-    def _trunk(self, ids: Sequence[int] | Tensor, keep: list[Tensor] | None) -> tuple[Tensor, Pass]:
-        run = self._net.start(self._ids(ids), self._nx)
+    def _trunk(
+        self,
+        ids: Sequence[int] | Tensor,
+        keep: list[Tensor] | None = None,
+        numerics: Numerics | None = None,
+    ) -> tuple[Tensor, Pass]:
+        run = self._net.start(self._ids(ids), numerics or self._nx)
         return self._net.trunk(run, keep), run
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Float32 ``[T, vocab]``: row i predicts the token after ``ids[i]``; one forward pass."""
-        streams, run = self._trunk(ids, None)
+        streams, run = self._trunk(ids)
         return self._net.logits(streams[0], run)
 
     @torch.inference_mode()
@@ -118,14 +124,18 @@ class Model:
         embedding of ``ids[i + 1]``. Needs two tokens and an MTP block."""
         if len(ids) < 2:
             raise RequestError("mtp_logits", expected="at least two tokens", got=len(ids))
-        streams, run = self._trunk(ids, None)
+        streams, run = self._trunk(ids)
         return self._net.mtp_logits(self._net.mtp_streams(streams, run)[0], run)
 
     @torch.inference_mode()
     def streams(self, ids: Sequence[int] | Tensor) -> list[Tensor]:
-        """The residual streams ``[T, hc_mult, hidden]`` after each block, for receipts."""
+        """The residual streams ``[T, hc_mult, hidden]`` after each block, for receipts.
+
+        In official numerics the norm of the query heads rounds as torch does, place by place
+        (docs/numerics.md), so that the last rows of a pass compare with the published code too.
+        """
         keep: list[Tensor] = []
-        self._trunk(ids, keep)
+        self._trunk(ids, keep, replace(self._nx, placed=True))
         return [s[0] for s in keep]
 
     def session(self) -> Session:

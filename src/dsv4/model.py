@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from . import kernels, quant
 from .config import FP4_BLOCK, FP8_BLOCK, V4Config
 from .errors import ConfigError, TrainingError
-from .kernels import Stored
+from .kernels import Stored, reference
 from .packing import Packing
 from .quant import wide
 
@@ -44,12 +44,15 @@ class Numerics:
     ``dtype``: activations and matmuls. ``official``: the roundings of the published code (FP8
     before quantised matmuls, FP8 KV entries, Hadamard + FP4 in the indexer, float32 compressor).
     ``qat``: weights pass through their stored format with a straight-through gradient.
+    ``placed``: the norm of the query heads rounds as torch's operations do, which depends on
+    where a row lies in its pass (docs/numerics.md); for receipts against the published code.
     """
 
     name: str
     dtype: torch.dtype
     official: bool = False
     qat: bool = False
+    placed: bool = False
 
 
 OFFICIAL = Numerics("official", torch.bfloat16, official=True)
@@ -286,7 +289,7 @@ class Compressor(nn.Module):
 
 def replace_dtype(nx: Numerics, dtype: torch.dtype) -> Numerics:
     """The same numerics with another matmul type."""
-    return Numerics(nx.name, dtype, nx.official, nx.qat)
+    return replace(nx, dtype=dtype)
 
 
 def no_block_before(raw: Tensor, ratio: int) -> Tensor:
@@ -376,7 +379,8 @@ class Attention(nn.Module):
         latent = self.q_norm(self.wq_a(xr, nx))
         latent_r = self.wq_b.rounded(latent, nx)
         q = self.wq_b(latent_r, nx).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        q = kernels.norm_rope(q, turn, c.rms_norm_eps)
+        norm_rope = reference.norm_rope if nx.placed else kernels.norm_rope
+        q = norm_rope(q, turn, c.rms_norm_eps)
         kv = kv_rounded(kernels.rope(self.kv_norm(self.wkv(xr, nx)), turn), run)
         tokens = [q, kv]
         if self.compressor is not None:
