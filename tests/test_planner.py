@@ -16,6 +16,7 @@ from dsv4.checkpoint import Checkpoint, save_checkpoint
 from dsv4.config import V4Config
 from dsv4.engine.session import Session
 from dsv4.errors import ConfigError
+from dsv4.kernels import reference
 from dsv4.model import FLOAT32, OFFICIAL, Numerics, Transformer
 from dsv4.planner import (
     efficiency,
@@ -154,6 +155,14 @@ def mv_flops(a: Any, x: Any, out_val: Any = None, **_: Any) -> int:
     return 2 * a[0] * a[1]
 
 
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that torch sees: nothing in C++."""
+    for name in kernels.__all__:
+        if hasattr(reference, name):
+            monkeypatch.setattr(kernels, name, getattr(reference, name))
+
+
 def counter() -> FlopCounterMode:
     """Counts matrix products, those with a single row included."""
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: mv_flops})
@@ -197,6 +206,7 @@ def without_masked_work(mode: FlopCounterMode) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("length", [1, 30, 200, 513, 1100])
+@pytest.mark.usefixtures("reference_kernels")
 def test_flops_of_a_prefill(net: Transformer, length: int) -> None:
     mode = counter()
     with mode, without_masked_work(mode) as corrections, torch.no_grad():
@@ -206,6 +216,7 @@ def test_flops_of_a_prefill(net: Transformer, length: int) -> None:
 
 
 @pytest.mark.parametrize("context", [2, 70, 300, 1500])
+@pytest.mark.usefixtures("reference_kernels")
 def test_flops_of_one_token_need_no_correction(net: Transformer, context: int) -> None:
     session = Session(net, FLOAT32)
     session.extend([1] * (context - 1), last=True)
@@ -214,6 +225,7 @@ def test_flops_of_one_token_need_no_correction(net: Transformer, context: int) -
     assert token_flops(TINY, context).total == pytest.approx(mode.get_total_flops(), rel=0.03)
 
 
+@pytest.mark.usefixtures("reference_kernels")
 def test_flops_of_the_mtp_block(net: Transformer) -> None:
     with torch.no_grad():
         run = net.start(torch.ones(1, 101, dtype=torch.int64), FLOAT32)

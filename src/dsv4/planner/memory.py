@@ -165,9 +165,9 @@ class TrainingBytes(NamedTuple):
 
 
 def training_bytes(config: V4Config) -> TrainingBytes:
-    """Float32 masters and gradients, Muon's one and AdamW's two moments, from the config alone.
+    """Float32 masters and gradients, and the optimizer's state, from the config alone.
 
-    The hash-routing tables and the routers' biases are kept but not trained.
+    The state is Muon's one moment, and AdamW's two and its count of updates. The hash-routing tables and the routers' biases are kept but not trained.
     """
     masters = trained = moments = 0
     plain = replace(config, expert_dtype="bf16", quantization_config=None)
@@ -178,5 +178,5 @@ def training_bytes(config: V4Config) -> TrainingBytes:
         trained += spec.elements
         table = name.endswith(("embed.weight", "head.weight"))
         muon = len(spec.shape) == 2 and not table and not name.endswith("ape")
-        moments += spec.elements * (1 if muon else 2)
-    return TrainingBytes(masters, 4 * trained, 4 * moments)
+        moments += 4 * spec.elements if muon else 8 * spec.elements + 8
+    return TrainingBytes(masters, 4 * trained, moments)
