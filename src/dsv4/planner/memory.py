@@ -167,7 +167,8 @@ class TrainingBytes(NamedTuple):
 def training_bytes(config: V4Config) -> TrainingBytes:
     """Float32 masters and gradients, and the optimizer's state, from the config alone.
 
-    The state is Muon's one moment, and AdamW's two and its count of updates. The hash-routing tables and the routers' biases are kept but not trained.
+    The state is Muon's one moment, and AdamW's two and its count of updates. The hash-routing
+    tables and the routers' biases are kept but not trained.
     """
     masters = trained = moments = 0
     plain = replace(config, expert_dtype="bf16", quantization_config=None)
