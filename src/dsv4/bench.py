@@ -260,15 +260,17 @@ def _commit() -> str | None:
 # ---------------------------------------------------------------- a process that measures
 
 
-class _Process:
-    """One implementation in a process of its own: questions and answers are lines of JSON."""
+class Process:
+    """``python -m module arguments`` for one implementation: questions are lines of JSON for
+    ``answer_questions`` there, and so are the answers."""
 
-    def __init__(self, name: str, folder: Path, threads: int, scratch: Path) -> None:
+    def __init__(
+        self, name: str, module: str, arguments: Sequence[object], threads: int, scratch: Path
+    ) -> None:
         self.name = name
-        self._logits = scratch / f"{name}.logits"
         self._log: IO[str] = (scratch / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dsv4.bench", name, str(folder), str(threads)],
+            [sys.executable, "-m", module, name, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -298,12 +300,6 @@ class _Process:
             raise DSV4Error(f"{self.name}, {what}: {answer['error']}")
         return answer["value"]
 
-    def logits(self, ids: list[int], numerics: str) -> Tensor:
-        """Logits ``[T, vocab]`` in "float32" or its "own" numerics."""
-        self.ask("logits", ids, numerics, str(self._logits))
-        logits: Tensor = torch.load(self._logits, weights_only=True)
-        return logits
-
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -314,6 +310,20 @@ class _Process:
             self._process.kill()
             self._process.wait()
         self._log.close()
+
+
+class _Process(Process):
+    """A process of this module, which answers with files of logits too."""
+
+    def __init__(self, name: str, folder: Path, threads: int, scratch: Path) -> None:
+        super().__init__(name, "dsv4.bench", (folder, threads), threads, scratch)
+        self._logits = scratch / f"{name}.logits"
+
+    def logits(self, ids: list[int], numerics: str) -> Tensor:
+        """Logits ``[T, vocab]`` in "float32" or its "own" numerics."""
+        self.ask("logits", ids, numerics, str(self._logits))
+        logits: Tensor = torch.load(self._logits, weights_only=True)
+        return logits
 
 
 class _Runner(Protocol):
@@ -466,23 +476,27 @@ def forget_peak() -> None:
         pass
 
 
-def _answer() -> None:
-    """Answer the questions on standard input until it ends."""
-    name, folder, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
+def answer_questions(prepare: Callable[[], object]) -> None:
+    """Answer on standard output, by methods of what ``prepare`` gives, until the questions end."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is not an answer
-    runner: _Runner = (_Ours if name == "dsv4" else _Transformers)(Path(folder))
-    measured = _Measured(runner, Path(folder))
+    target = prepare()
     for line in sys.stdin:
         what, *arguments = json.loads(line)
         try:
-            answer = {"value": getattr(measured, what)(*arguments)}
+            answer = {"value": getattr(target, what)(*arguments)}
         except Exception as e:
             answer = {"error": f"{type(e).__name__}: {e}"}
         out.write(json.dumps(answer) + "\n")
         out.flush()
 
 
+def _measured() -> _Measured:
+    name, folder, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    runner: _Runner = (_Ours if name == "dsv4" else _Transformers)(Path(folder))
+    return _Measured(runner, Path(folder))
+
+
 if __name__ == "__main__":
-    _answer()
+    answer_questions(_measured)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +22,17 @@ from typing import Any
 import torch
 
 from . import __version__
-from .bench import PEERS, Report, forget_peak, measure_machine, peak_bytes
+from .bench import (
+    PEERS,
+    Process,
+    Report,
+    answer_questions,
+    forget_peak,
+    measure_machine,
+    peak_bytes,
+)
 from .config import V4Config
-from .errors import ConfigError, DSV4Error
+from .errors import ConfigError
 from .planner import training_flops
 from .planner.memory import training_bytes
 from .synth import resize
@@ -78,12 +84,15 @@ def run(
     last: dict[str, Report] = {}
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-") as scratch:
         Path(scratch, "config.json").write_text(json.dumps(config.to_dict()))
-        engines = [_Process(e, scratch, samples, length, threads) for e in names]
+        arguments = (scratch, samples, length)
+        engines = [
+            Process(e, "dsv4.bench_training", arguments, threads, Path(scratch)) for e in names
+        ]
         try:
             for i in range(-1, repeats):  # the first step of each is not counted
                 for engine in engines if i % 2 == 0 else engines[::-1]:
                     say(f"{engine.name}: step {i + 1} of {repeats}")
-                    last[engine.name] = engine.step()
+                    last[engine.name] = engine.ask("step")
                     if i >= 0:
                         seconds[engine.name].append(last[engine.name]["seconds"])
         finally:
@@ -138,50 +147,6 @@ def newton_schulz_flops(config: V4Config) -> float:
 # ---------------------------------------------------------------- a process that trains
 
 
-class _Process:
-    """One implementation: a line in, a step done, a line of JSON out."""
-
-    def __init__(self, name: str, folder: str, samples: int, length: int, threads: int) -> None:
-        self.name = name
-        self._log = Path(folder, f"{name}.log").open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dsv4.bench_training", name, folder, str(samples), str(length)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-        )
-
-    def step(self) -> Report:
-        """How the next step went."""
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            self._log.seek(0)
-            said = self._log.read().strip().splitlines()
-            raise DSV4Error(f"{self.name} ended", got=said[-1] if said else process.wait())
-        answer: Report = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-
 def _ours(config: V4Config, ids: torch.Tensor) -> Callable[[], float]:
     from .model import Transformer
     from .train.data import Batch
@@ -229,24 +194,24 @@ def _transformers(folder: str, ids: torch.Tensor) -> Callable[[], float]:
     return step
 
 
-def _serve() -> None:
-    name, folder, samples, length = sys.argv[1:]
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is not an answer
-    config = V4Config.from_json(Path(folder, "config.json"))
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (int(samples), int(length)), generator=random)
-    forget_peak()
-    before = peak_bytes()
-    step = _ours(config, ids) if name == "dsv4" else _transformers(folder, ids)
-    for _ in sys.stdin:
+class _Steps:
+    """The questions a process answers: one."""
+
+    def __init__(self) -> None:
+        name, folder, samples, length = sys.argv[1:]
+        config = V4Config.from_json(Path(folder, "config.json"))
+        random = torch.Generator().manual_seed(0)
+        ids = torch.randint(config.vocab_size, (int(samples), int(length)), generator=random)
+        forget_peak()
+        self._before = peak_bytes()
+        self._step = _ours(config, ids) if name == "dsv4" else _transformers(folder, ids)
+
+    def step(self) -> Report:
         begin = time.perf_counter()
-        loss = step()
+        loss = self._step()
         took = time.perf_counter() - begin
-        answer = {"seconds": took, "loss": loss, "peak_bytes": peak_bytes() - before}
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
+        return {"seconds": took, "loss": loss, "peak_bytes": peak_bytes() - self._before}
 
 
 if __name__ == "__main__":
-    _serve()
+    answer_questions(_Steps)
