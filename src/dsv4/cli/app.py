@@ -6,24 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from ..errors import ConfigError
-
-
-class WithDefault(TyperGroup):
-    """A group whose first command need not be named: ``dsv4 bench x`` is ``dsv4 bench model x``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the first command's name in front of arguments that name none."""
-        first = self.list_commands(ctx)[0]
-        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
-        rest: list[str] = super().parse_args(ctx, args if named else [first, *args])
-        return rest
-
 
 app = typer.Typer(
     name="dsv4",

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .app import Json, Threads, WithDefault, app, human, packaged
+from ..train.launch import WithDefault
+from .app import Json, Threads, app, human, packaged
 
 bench_app = typer.Typer(cls=WithDefault, help="Measure speed and memory, beside the machine's own.")
 app.add_typer(bench_app, name="bench")

@@ -10,17 +10,20 @@ import typer
 from typer.core import TyperGroup
 
 
-class _RunByDefault(TyperGroup):
-    """``dsv4 train RECIPE`` means ``dsv4 train run RECIPE``."""
+class WithDefault(TyperGroup):
+    """A group whose first command need not be named: ``dsv4 train x`` is ``dsv4 train run x``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
+        """Put the first command's name in front of arguments that name none."""
+        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        if not named and (args or not self.no_args_is_help):
+            args = [self.list_commands(ctx)[0], *args]
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
 
 
 train_app = typer.Typer(
-    cls=_RunByDefault,
+    cls=WithDefault,
     no_args_is_help=True,
     help="Train a model by a recipe ([bold]dsv4 train RECIPE[/bold]), or plot how it went.",
 )
