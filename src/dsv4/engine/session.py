@@ -14,6 +14,8 @@ from .kvstate import GRAIN, KVState
 from .threads import suitable_threads
 
 PREFILL_CHUNK = 512  # tokens in one pass; a multiple of 128, so that snapshots fall on its end
+RELEASE_EVERY = 16  # tokens; single tokens, too, scatter their working memory over ever more pages
+
 
 class Session:
     """A timeline of tokens and the attention state they left; used by one thread at a time.
@@ -76,7 +78,7 @@ class Session:
                 state.snapshot()
                 if logits and (done == len(ids) or not last):
                     out.append(self._net.logits(streams[-1:] if last else streams, run))
-        if len(ids) >= GRAIN:
+        if len(ids) >= GRAIN or state.length % RELEASE_EVERY == 0:
             memory.release()
         return torch.cat(out) if out else torch.empty(0, self._net.config.vocab_size)
 
