@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scripted_models import one_torch_thread, small_tokenizer, tiny_model  # noqa: F401
@@ -141,6 +142,25 @@ def test_logprobs_come_with_the_tokens_when_asked(engine: Engine) -> None:
         assert token.logprob.top[0] == (token.id, token.logprob.logprob)
         assert len(token.logprob.top) == 2 and token.logprob.logprob < 0
     assert all(t.logprob is None for t in engine.submit([4, 5], params(5)))
+
+
+def test_a_guide_is_asked_and_told_in_turns(engine: Engine) -> None:
+    class EvenThenStop:
+        def __init__(self) -> None:
+            self.calls: list[int | None] = []
+
+        def allowed(self) -> np.typing.NDArray[np.bool_] | None:
+            self.calls.append(None)
+            return np.arange(VOCAB) == 1 if len(self.calls) > 10 else np.arange(VOCAB) % 2 == 0
+
+        def accept(self, token: int) -> None:
+            self.calls.append(token)
+
+    guide = EvenThenStop()
+    tokens = engine.submit([2, 3], params(), guide).result()
+    assert len(tokens) == 5 and all(t % 2 == 0 for t in tokens)
+    assert guide.calls == [x for t in [*tokens, 1] for x in (None, t)]
+    assert any(t % 2 for t in engine.submit([2, 3], params()).result())
 
 
 def test_asyncio_and_threads_read_the_same(engine: Engine) -> None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,3 +162,13 @@ def test_values_out_of_range_are_refused_in_the_hosted_words(
     with pytest.raises(RequestError) as refused:
         SamplingParams(**values)  # type: ignore[arg-type]
     assert message in str(refused.value)
+
+
+def test_what_a_guide_forbids_is_never_chosen() -> None:
+    logits = torch.tensor([5.0, 4.0, 3.0, 2.0])
+    allowed = np.array([False, True, True])  # an id beyond the array may not come either
+    for params in (SamplingParams(temperature=0), SamplingParams(seed=1, temperature=2)):
+        drawn = Counter(sample(logits, params, p, allowed) for p in range(200))
+        assert set(drawn) == ({1} if params.temperature == 0 else {1, 2})
+    with pytest.raises(DSV4Error, match="no usable logits"):
+        sample(logits, SamplingParams(), 0, np.zeros(4, bool))

@@ -13,7 +13,7 @@ from .engine import (
     Token,
     Usage,
 )
-from .sample import Logprob, SamplingParams, sample
+from .sample import Guide, Logprob, SamplingParams, sample
 
 __all__ = [
     "Engine",
@@ -21,6 +21,7 @@ __all__ = [
     "EngineClosedError",
     "EngineStats",
     "Generation",
+    "Guide",
     "Logprob",
     "SamplingParams",
     "Token",

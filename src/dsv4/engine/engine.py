@@ -23,7 +23,7 @@ import torch
 
 from ..config import V4Config
 from ..errors import ContextLengthError, DSV4Error, RequestError
-from .sample import MAX_OUTPUT, Logprob, SamplingParams, logprob, sample
+from .sample import MAX_OUTPUT, Guide, Logprob, SamplingParams, logprob, sample
 
 if TYPE_CHECKING:
     from .session import Session
@@ -89,10 +89,15 @@ class Generation:
     """
 
     def __init__(
-        self, prompt: Sequence[int], params: SamplingParams, cancelled: Callable[[], None]
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        cancelled: Callable[[], None],
+        guide: Guide | None = None,
     ) -> None:
         self.prompt = list(prompt)
         self.params = params
+        self.guide = guide
         self.tokens: list[int] = []  # given or about to be given
         self.usage = Usage(prompt_tokens=len(self.prompt))
         self.finish_reason: FinishReason | None = None
@@ -224,9 +229,15 @@ class Engine:
 
     # ------------------------------------------------------------------ for callers
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Generation:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        guide: Guide | None = None,
+    ) -> Generation:
         """Queue a prompt (token ids) and return at once.
 
+        A ``guide`` belongs to this generation alone: it remembers what was chosen.
         Raises ContextLengthError when the prompt leaves no room for an answer (an answer that
         would be too long is cut instead), RequestError for ids outside the vocabulary or an empty
         prompt, EngineBusyError when the line is full, EngineClosedError after ``close``.
@@ -253,7 +264,7 @@ class Engine:
             if params.stop_token_ids is None
             else params.stop_token_ids,
         )
-        generation = Generation(prompt, params, self._nudge)
+        generation = Generation(prompt, params, self._nudge, guide)
         with self._wake:
             if self._closing:
                 raise EngineClosedError("the engine is closed")
@@ -360,7 +371,10 @@ class Engine:
             if request.pending:
                 return
             params, position = generation.params, len(session)
-            token = sample(logits, params, position)
+            guide = generation.guide
+            token = sample(logits, params, position, guide.allowed() if guide else None)
+            if guide:
+                guide.accept(token)
             wanted = params.logprobs
             scores = None if wanted is None else logprob(logits, token, wanted)
         except Exception as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import DSV4Error, RequestError
 
 Array = npt.NDArray[np.float64]
+Allowed = npt.NDArray[np.bool_]
 
 MAX_OUTPUT = 393216  # the hosted service's largest max_tokens (384K)
 MAX_LOGPROBS = 20
@@ -61,6 +62,21 @@ class SamplingParams:
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
 
+class Guide(Protocol):
+    """Says which tokens may come next in one generation: a grammar, or a limit on reasoning.
+
+    The engine asks ``allowed`` before it chooses a token and then tells ``accept`` which one it
+    chose, the stop token included: strictly in turns, in the order of the timeline, in its worker's
+    thread. A token that is only guessed at (speculation) is not accepted until it is chosen.
+    """
+
+    def allowed(self) -> Allowed | None:
+        """True for the ids that may come; ids beyond the array may not. None = all may."""
+        ...
+
+    def accept(self, token: int) -> None: ...
+
+
 class Logprob(NamedTuple):
     """A token's natural log-probability before temperature and top-p, and the likeliest ones."""
 
@@ -77,13 +93,19 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(state) >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, params: SamplingParams, position: int) -> int:
+def sample(
+    logits: Tensor, params: SamplingParams, position: int, allowed: Allowed | None = None
+) -> int:
     """Choose the token that stands at ``position`` of its timeline from ``logits`` ``[V]``.
 
-    Minus infinity in ``logits`` forbids a token. Raises DSV4Error when nothing is left to choose
-    from, or when a logit is NaN.
+    Minus infinity in ``logits`` forbids a token, and so does a ``Guide``'s ``allowed``. Raises
+    DSV4Error when nothing is left to choose from, or when a logit is NaN.
     """
     values = _float64(logits)
+    if allowed is not None:
+        known = min(len(allowed), len(values))
+        values[:known][~allowed[:known]] = -np.inf
+        values[known:] = -np.inf
     best = int(values.argmax())  # the lowest id on ties; a NaN counts as largest
     if not np.isfinite(values[best]):
         raise DSV4Error(
