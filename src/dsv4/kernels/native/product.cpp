@@ -104,6 +104,26 @@ inline const uint8_t* activation(const Product& job, int64_t row) {
 // ---------------------------------------------------------------- few rows
 
 constexpr int FEW = 2;  // rows of activations that are multiplied while the weight is read
+constexpr int64_t AHEAD = 8192;  // bytes of weight that the memory is asked for in advance
+
+// Where a row's read will be AHEAD bytes of all columns later: `at` counts from the row's start,
+// and goes on into the same column of the next group.
+struct Later {
+  int64_t at, step, steps, step_bytes, to_next_group;
+
+  Later(int64_t inputs, int64_t whole, int64_t step_bytes, int columns)
+      : steps(whole), step_bytes(step_bytes) {
+    const int64_t row = inputs * step_bytes / STEP, ahead = AHEAD / columns / step_bytes;
+    to_next_group = columns * row - whole * step_bytes;
+    step = whole ? ahead % whole : 0;
+    at = (whole ? ahead / whole : 0) * columns * row + step * step_bytes;
+  }
+
+  void next() {
+    at += step_bytes;
+    if (++step == steps) step = 0, at += to_next_group;
+  }
+};
 
 // acc[m] += the products of step i with x[m].
 template <class Kind, int ROWS, class Row>
@@ -128,9 +148,11 @@ inline void few(const Product& job, int64_t column, int64_t row) {
   f32x16 acc[COLUMNS][ROWS] = {};
   Row rows[COLUMNS];
   for (int n = 0; n < COLUMNS; n++) rows[n].start(*job.weight, column + n);
-  for (int64_t i = 0; i < whole; i++) {
+  Later later(inputs, whole, Row::BITS * STEP / 8, COLUMNS);
+  for (int64_t i = 0; i < whole; i++, later.next()) {
 #pragma GCC unroll 4
     for (int n = 0; n < COLUMNS; n++) {
+      rows[n].fetch(later.at);
 #if DSV4_PAIRS
       if constexpr (Kind::VECTORS == Pairs::VECTORS) {
         rows[n].template dot<ROWS>(i, x, acc[n]);
