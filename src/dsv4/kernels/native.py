@@ -441,7 +441,7 @@ def index_topk(
     batch, queries, heads, dim = q.shape
     there = (start + queries) // ratio <= keys.shape[1]
     alike = q.dtype == keys.dtype == weights.dtype
-    if dim % 32 or heads > 256 or not there or not alike or not _plain(q, keys, weights):
+    if dim % 32 or dim > 256 or not there or not alike or not _plain(q, keys, weights):
         return reference.index_topk(q, keys, weights, start, ratio, k)
     q, weights = q.contiguous(), weights.contiguous()
     out = torch.empty(batch, queries, k, dtype=torch.int64)

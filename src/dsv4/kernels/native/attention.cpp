@@ -12,18 +12,17 @@ namespace {
 using dsv4::Attention;
 using dsv4::IndexTopk;
 
-// Sixteen lanes of sums of a dot product: one vector of two rows of numbers.
+// Adds the products of two vectors of float32, or of pairs of bfloat16, to sixteen sums.
 template <bool BF16>
-inline f32x16 add_products(f32x16 sum, const char* x, const char* y) {
+inline f32x16 add_products(f32x16 sum, u32x16 a, u32x16 b) {
   if constexpr (BF16) {
 #if DSV4_PAIRS
-    return dot_pairs(sum, load<u32x16>(x), load<u32x16>(y));
+    return dot_pairs(sum, a, b);
 #else
-    u32x16 a = load<u32x16>(x), b = load<u32x16>(y);
     return fma(even(a), even(b), fma(odd(a), odd(b), sum));
 #endif
   }
-  return fma(load<f32x16>(x), load<f32x16>(y), sum);
+  return fma((f32x16)a, (f32x16)b, sum);
 }
 
 // out[4 h + i] = x[h] . keys[i] for four rows of `bytes` bytes and four keys.
@@ -35,7 +34,8 @@ inline f32x16 dots(const char* const* x, const char* const* keys, int64_t bytes)
     for (int h = 0; h < 4; h++) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        acc[4 * h + i] = add_products<BF16>(acc[4 * h + i], x[h] + at, keys[i] + at);
+        acc[4 * h + i] = add_products<BF16>(acc[4 * h + i], load<u32x16>(x[h] + at),
+                                            load<u32x16>(keys[i] + at));
       }
     }
   }
@@ -210,33 +210,98 @@ void attend(const Attention& job, int64_t query, int64_t head, int64_t heads, ui
 }
 
 // ---------------------------------------------------------------- indexer
+//
+// A lane is a key: sixteen keys are turned into columns of words, each column is multiplied by one
+// word of a head's query, and no sum ever crosses lanes.
 
 namespace {
+
+#if DSV4_PAIRS || defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SIXTEENS = 4;  // groups of keys at once
+#else
+constexpr int SIXTEENS = 2;
+#endif
+
+// Numbers of the first eight vectors and of the last eight in turn.
+inline void riffle(const u32x16* from, u32x16* to) {
+  for (int i = 0; i < 8; i++) {
+    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5,
+                                        21, 6, 22, 7, 23);
+    to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12,
+                                            28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// Rows become columns.
+inline void transpose(u32x16* v) {
+  u32x16 t[16];
+  riffle(v, t), riffle(t, v), riffle(v, t), riffle(t, v);
+}
+
+// columns[word][group] of the keys begin, begin + 1, ...; from `end` on, the last one again.
+inline void turn(const char* keys, int64_t bytes, int64_t begin, int64_t end, u32x16* columns) {
+  for (int group = 0; group < SIXTEENS; group++) {
+    for (int64_t at = 0; at < bytes; at += 64) {
+      u32x16 v[16];
+      for (int i = 0; i < 16; i++) {
+        const int64_t key = begin + 16 * group + i;
+        v[i] = load<u32x16>(keys + (key < end ? key : end - 1) * bytes + at);
+      }
+      transpose(v);
+      for (int i = 0; i < 16; i++) columns[(at / 4 + i) * SIXTEENS + group] = v[i];
+    }
+  }
+}
+
+// All lanes alike. (GCC 12 cannot compile `x + u32x16{}` in a loop for AVX2.)
+inline u32x16 everywhere(uint32_t x) {
+  return u32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+}
+
+// acc[head][group] = a head's query times sixteen keys.
+template <bool BF16>
+inline void multiply_columns(const FourRows& q, const u32x16* columns, int64_t words,
+                             f32x16 (*acc)[SIXTEENS]) {
+  f32x16 sums_of[4][SIXTEENS] = {};
+  for (int64_t w = 0; w < words; w++) {
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; h++) {
+      const u32x16 word = everywhere(load<uint32_t>(q.x[h] + 4 * w));
+#pragma GCC unroll 4
+      for (int g = 0; g < SIXTEENS; g++) {
+        sums_of[h][g] = add_products<BF16>(sums_of[h][g], word, columns[w * SIXTEENS + g]);
+      }
+    }
+  }
+  std::memcpy(acc, sums_of, sizeof sums_of);
+}
 
 template <bool BF16>
 inline void score_as(const IndexTopk& job, int64_t query, int64_t begin, int64_t end, float* out) {
   const int64_t bytes = job.width * (BF16 ? 2 : 4), heads = job.heads;
   const char* q = static_cast<const char*>(job.q) + query * heads * bytes;
-  const char* keys = static_cast<const char*>(job.keys);
-  alignas(64) float weights[4 * dsv4::MAX_INDEX_HEADS];  // each head's four times
-  for (int64_t h = 0; h < heads; h++) {
-    const int64_t at = query * heads + h;
-    float weight = BF16 ? widen(static_cast<const uint16_t*>(job.weights)[at])
-                        : static_cast<const float*>(job.weights)[at];
-    for (int i = 0; i < 4; i++) weights[4 * h + i] = weight;
-  }
-  for (int64_t i = begin; i < end; i += 4) {
-    FourRows some(keys + i * bytes, bytes, end - i);
-    f32x4 total = {};
+  u32x16 columns[dsv4::MAX_INDEX_WIDTH * SIXTEENS];
+  for (int64_t i = begin; i < end; i += 16 * SIXTEENS) {
+    turn(static_cast<const char*>(job.keys), bytes, i, end, columns);
+    f32x16 totals[SIXTEENS] = {};
     for (int64_t h = 0; h < heads; h += 4) {
-      FourRows rows(q + h * bytes, bytes, heads - h);
-      f32x16 dot = rounded(dots<BF16>(rows.x, some.x, bytes), BF16);
-      dot = where(dot < f32x16{}, f32x16{}, dot) * load<f32x16>(weights + 4 * h);
-      dot = rounded(dot, BF16);
-      for (int j = 0; j < 4 && h + j < heads; j++) total = total + quarter(dot, j);
+      f32x16 acc[4][SIXTEENS];
+      multiply_columns<BF16>(FourRows(q + h * bytes, bytes, heads - h), columns, bytes / 4, acc);
+      for (int j = 0; j < 4 && h + j < heads; j++) {
+        const int64_t at = query * heads + h + j;
+        const float weight = BF16 ? widen(static_cast<const uint16_t*>(job.weights)[at])
+                                  : static_cast<const float*>(job.weights)[at];
+        for (int g = 0; g < SIXTEENS; g++) {
+          f32x16 dot = result_rounded(acc[j][g], BF16);
+          dot = where(dot < f32x16{}, f32x16{}, dot) * splat(weight);
+          totals[g] = totals[g] + result_rounded(dot, BF16);
+        }
+      }
     }
-    for (int j = 0; j < 4 && i + j < end; j++) {  // no negative zero
-      out[i + j] = (BF16 ? widen(narrow(total[j])) : total[j]) + 0.0f;
+    for (int g = 0; g < SIXTEENS; g++) {
+      const f32x16 total = rounded(totals[g], BF16) + f32x16{};  // no negative zero
+      const int64_t at = i + 16 * g, left = end - at;
+      if (left > 0) std::memcpy(out + at, &total, 4 * (left < 16 ? left : 16));
     }
   }
 }
@@ -256,30 +321,38 @@ void index_scores(const IndexTopk& job, int64_t query, int64_t begin, int64_t en
   score_as<false>(job, query, begin, end, out);
 }
 
-void select(const float* scores, int64_t count, int64_t k, int64_t* out) {
+void select(const float* scores, int64_t count, int64_t k, int64_t* out, int32_t* space) {
   if (count <= k) {
     for (int64_t i = 0; i < k; i++) out[i] = i < count ? i : -1;
     return;
   }
-  // The k-th best, eight bits at a time.
-  uint32_t least = 0, known = 0;
-  int64_t wanted = k;  // rank of it among those that agree in the known bits
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t bins[256] = {};
-    for (int64_t i = 0; i < count; i++) {
-      uint32_t bits = sortable(scores[i]);
-      if ((bits & known) == least) bins[bits >> shift & 255]++;
-    }
-    int bin = 255;
-    while (bins[bin] < wanted) wanted -= bins[bin--];
-    least |= (uint32_t)bin << shift, known |= 255u << shift;
+  // The k-th best, eleven bits at a time. After the first ones few are left to be looked at: those
+  // in `space`, in their order.
+  int64_t bins[2048] = {}, n = 0, wanted = k;  // `wanted` of those that agree in the known bits
+  for (int64_t i = 0; i < count; i++) bins[sortable(scores[i]) >> 21]++;
+  uint32_t bin = 2047;
+  while (bins[bin] < wanted) wanted -= bins[bin--];
+  uint32_t least = bin << 21, known = 0xFFE00000u;
+  for (int64_t i = 0; i < count; i++) {
+    space[n] = (int32_t)i;
+    n += sortable(scores[i]) >= least;
   }
-  for (int64_t i = 0, n = 0; n < k; i++) {
-    uint32_t bits = sortable(scores[i]);
+  for (int shift = 10; shift >= 0; shift -= 10) {
+    std::memset(bins, 0, sizeof bins);
+    for (int64_t i = 0; i < n; i++) {
+      const uint32_t bits = sortable(scores[space[i]]);
+      if ((bits & known) == least) bins[bits >> shift & 2047]++;
+    }
+    bin = 2047;
+    while (bins[bin] < wanted) wanted -= bins[bin--];
+    least |= bin << shift, known |= 2047u << shift;
+  }
+  for (int64_t i = 0, chosen = 0; chosen < k; i++) {
+    const uint32_t bits = sortable(scores[space[i]]);
     if (bits > least) {
-      out[n++] = i;
+      out[chosen++] = space[i];
     } else if (bits == least && wanted > 0) {
-      out[n++] = i, wanted--;
+      out[chosen++] = space[i], wanted--;
     }
   }
 }

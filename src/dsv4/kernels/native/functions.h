@@ -63,6 +63,14 @@ inline float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 // x as it is after rounding to `row`'s type.
 inline f32x16 rounded(f32x16 x, bool to_bf16) { return to_bf16 ? widen(narrow(x)) : x; }
 
+// The same for what was just computed, and so is not subnormal.
+inline f32x16 result_rounded(f32x16 x, bool to_bf16) {
+#if DSV4_PAIRS
+  if (to_bf16) return widen((u16x16)_mm512_cvtneps_pbh((__m512)x));
+#endif
+  return rounded(x, to_bf16);
+}
+
 // Numbers 0, 2, 4, ... and 1, 3, 5, ... of the 32 in a and b, and how they lay.
 struct Apart {
   f32x16 even, odd;

@@ -154,7 +154,7 @@ using Attend = void(const Attention& job, int64_t query, int64_t head, int64_t h
 
 inline int64_t attention_space(int64_t keys) { return (keys + 16) * (8 + 4 * HEADS); }
 
-constexpr int64_t MAX_INDEX_HEADS = 256;
+constexpr int64_t MAX_INDEX_WIDTH = 256;  // of a key
 
 struct IndexTopk {
   const void *q, *keys, *weights;
@@ -167,8 +167,8 @@ using IndexScores = void(const IndexTopk& job, int64_t query, int64_t begin, int
                          float* out);
 
 // The places of the k highest of `count` scores, ascending; of equal ones the first. -1 where there
-// are fewer.
-using Select = void(const float* scores, int64_t count, int64_t k, int64_t* out);
+// are fewer. `space` holds `count` numbers.
+using Select = void(const float* scores, int64_t count, int64_t k, int64_t* out, int32_t* space);
 
 constexpr int64_t MAX_STREAMS = 8;
 

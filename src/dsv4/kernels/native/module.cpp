@@ -223,7 +223,9 @@ void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64
     };
     parallel(threads, here * parts, score);
     auto select = [&](int64_t i) {
-      isa->select(scores.get() + i * most, seen(first + i), k, at<int64_t>(out) + (first + i) * k);
+      auto space = make_array<int32_t>(most);
+      isa->select(scores.get() + i * most, seen(first + i), k, at<int64_t>(out) + (first + i) * k,
+                  space.get());
     };
     parallel(threads, here, select);
   }
