@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def postgres() -> Iterator[str]:
                 assert line, "PostgreSQL did not start"
             yield f"postgresql://dsv4@/postgres?host={folder}"
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # which does not wait for clients
     shutil.rmtree(folder)
 
 
@@ -60,11 +61,11 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/data/test.db"
     url: str = request.getfixturevalue("postgres")
     name = f"test_{abs(hash(tmp_path))}"
-    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA {name}")
     engine.dispose()
-    return url.replace("/postgres?", f"/{name}?")
+    return f"{url}&options=-csearch_path%3D{name}"
 
 
 @pytest.fixture

@@ -53,10 +53,10 @@ def test_two_writers_lose_no_update(database: Database) -> None:  # noqa: F811
             row = session.scalars(select(Counter).with_for_update()).one()
             row.value += 1
 
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(count, range(100)))
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(count, range(40)))
     with database.read() as session:
-        assert session.scalars(select(Counter.value)).one() == 100
+        assert session.scalars(select(Counter.value)).one() == 40
 
 
 def test_a_reader_does_not_wait_for_a_writer(database: Database) -> None:  # noqa: F811
