@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 
 from ..errors import DSV4Error
-from . import data, files, measure, plan, talk, training  # each adds its commands
+from . import accounts, data, files, measure, plan, talk, training  # each adds its commands
 from .app import app
 
-__all__ = ["app", "data", "files", "main", "measure", "plan", "talk", "training"]
+__all__ = ["accounts", "app", "data", "files", "main", "measure", "plan", "talk", "training"]
 
 
 def main() -> None:

@@ -1,7 +1,29 @@
-"""HTTP in front of a model: requests and events in DeepSeek's formats, never a tensor."""
+"""HTTP in front of a model: requests and events in DeepSeek's formats, never a tensor.
 
-from .app import create_app
-from .backend import Backend, LocalBackend
-from .run import listen, run
+What is listed is imported when first used: commands about keys need no engine.
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .app import create_app
+    from .backend import Backend, LocalBackend
+    from .run import listen, run
+
+_HOME = {
+    "create_app": "app",
+    "Backend": "backend",
+    "LocalBackend": "backend",
+    "listen": "run",
+    "run": "run",
+}
 __all__ = ["Backend", "LocalBackend", "create_app", "listen", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsv4.server' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
