@@ -74,8 +74,8 @@ def test_usage_shows_tokens_and_exact_costs(url: str) -> None:
     report = read(url, "usage", "--by", "model", "--check")
     assert report["problems"] == []
     assert [(r["model"], r["cost_usd"]) for r in report["usage"]] == [
-        ("deepseek-v4-pro", "0.000005365"),
         ("deepseek-v4-flash", "0.000448"),
+        ("deepseek-v4-pro", "0.000005365"),
     ]
     assert report["total"]["cost_usd"] == "0.000453365" and report["total"]["requests"] == 2
     shown = run(url, "usage", "--check")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import date, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -172,22 +172,19 @@ def usage(
     from ..server.accounts import Keys
     from ..server.prices import dollars
 
-    groups = [] if by == "total" else by.split(",")
-    unknown = set(groups) - {"day", "caller", "model"}
-    if unknown:
+    groups: list[ledger.Grouping] = [g for g in ledger.GROUPINGS if g in by.split(",")]
+    if set(by.split(",")) - {*groups, "total"}:
         raise ConfigError("--by", expected="day, caller, model or total", got=by)
-    days: dict[str, date | None] = {
-        "since": since.date() if since else None,
-        "until": until.date() if until else None,
-    }
+    first = since.date() if since else None
+    last = until.date() if until else None
     with _open(database) as opened:
         Keys(opened)
-        rows = ledger.usage(opened, groups, **days)  # type: ignore[arg-type]
-        (total,) = ledger.usage(opened, (), **days) or [None]
+        rows = ledger.usage(opened, groups, since=first, until=last)
+        totals = ledger.usage(opened, (), since=first, until=last)
         problems = ledger.check(opened) if check else []
     if as_json:
         report: dict[str, Any] = {"usage": [row.as_json() for row in rows]}
-        report["total"] = total.as_json() if total else None
+        report["total"] = totals[0].as_json() if totals else None
         if check:
             report["problems"] = problems
         print(json.dumps(report, indent=2))
@@ -203,7 +200,7 @@ def usage(
                     ),
                     dollars(row.cost),
                 ]
-                for row in ([*rows, total] if total and groups else rows)
+                for row in (rows + totals if groups else rows)
             ],
             "nothing was asked yet",
         )

@@ -35,6 +35,7 @@ MINUTE = timedelta(minutes=1)
 LOST = "lost"
 
 Grouping = Literal["day", "caller", "model"]
+GROUPINGS: tuple[Grouping, ...] = ("day", "caller", "model")
 
 
 class Charge(Base):
@@ -267,7 +268,7 @@ class Ledger:
 
 def usage(
     database: Database,
-    by: Sequence[Grouping] = ("day", "caller", "model"),
+    by: Sequence[Grouping] = GROUPINGS,
     *,
     since: date | None = None,
     until: date | None = None,
@@ -277,10 +278,9 @@ def usage(
 
     ``by`` are the columns that are told apart, the others are "". ``owner`` is one caller's id.
     """
-    columns = {"day": func.date(Charge.begun), "caller": Account.name, "model": Charge.model}
-    chosen: list[Any] = [
-        columns[name].label(name) for name in ("day", "caller", "model") if name in by
-    ]
+    day = func.date(Charge.begun)
+    columns: dict[Grouping, Any] = {"day": day, "caller": Account.name, "model": Charge.model}
+    chosen = [columns[name].label(name) for name in GROUPINGS if name in by]
     done = Charge.ended.is_not(None)
     query = select(
         *chosen,
@@ -291,13 +291,15 @@ def usage(
         func.count(distinct(Charge.request)).filter(~done).label("open"),
     ).join(Account, Account.id == Charge.owner)  # fmt: skip
     if since is not None:
-        query = query.where(func.date(Charge.begun) >= _day(database, since))
+        query = query.where(day >= _day(database, since))
     if until is not None:
-        query = query.where(func.date(Charge.begun) <= _day(database, until))
+        query = query.where(day <= _day(database, until))
     if owner is not None:
         query = query.where(Charge.owner == owner)
     if chosen:
-        query = query.group_by(*chosen).order_by(chosen[0].desc(), *chosen[1:])
+        query = query.group_by(*chosen).order_by(
+            *(c.desc() if c.name == "day" else c for c in chosen)
+        )
     with database.read() as session:
         rows = [row._asdict() for row in session.execute(query)]
     return [
