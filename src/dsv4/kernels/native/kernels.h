@@ -25,6 +25,8 @@ struct Rows {
   bool is_bf16;
 };
 
+constexpr int64_t FEW = 32;  // rows of activations that are multiplied while a weight is read
+
 // Arranged activations times rows `first` .. `first + count` of a weight.
 // Row i of the result is written to out + i * out_stride, and is that of activation pick[i], or
 // i where pick is null.

@@ -12,7 +12,7 @@ constexpr int64_t TASK = 64 << 10;  // bytes of weight in a task of few rows
 
 // Columns of a task: enough to be worth telling a thread, a multiple of what a tile holds.
 int64_t columns_of(const Product& product) {
-  if (product.rows > 2) return 32;
+  if (product.rows > FEW) return 32;
   static constexpr int64_t EIGHTHS[] = {4, 8, 16, 32};  // bits of an input
   int64_t bytes = product.weight->inputs * EIGHTHS[(int)product.weight->format] / 8;
   return std::clamp<int64_t>(TASK / std::max<int64_t>(bytes, 1) / 4 * 4, 4, 1024);

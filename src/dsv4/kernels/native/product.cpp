@@ -103,7 +103,6 @@ inline const uint8_t* activation(const Product& job, int64_t row) {
 
 // ---------------------------------------------------------------- few rows
 
-constexpr int FEW = 2;  // rows of activations that are multiplied while the weight is read
 constexpr int64_t AHEAD = 8192;  // bytes of weight that the memory is asked for in advance
 
 // Where a row's read will be AHEAD bytes of all columns later: `at` counts from the row's start,
@@ -170,11 +169,17 @@ inline void few(const Product& job, int64_t column, int64_t row) {
   }
 }
 
-template <class Kind, class Row, int ROWS>
-void few_rows(const Product& job, int64_t row) {
-  int64_t column = job.first, end = job.first + job.count;
-  for (; column + 4 <= end; column += 4) few<Kind, Row, 4, ROWS>(job, column, row);
-  for (; column < end; column++) few<Kind, Row, 1, ROWS>(job, column, row);
+// Four rows at a time: the columns that the first ones brought into the cache serve the others.
+template <class Kind, class Row, int COLUMNS>
+inline void few_rows(const Product& job, int64_t column) {
+  for (int64_t row = 0; row < job.rows; row += 4) {
+    switch (job.rows - row) {
+      case 1: few<Kind, Row, COLUMNS, 1>(job, column, row); break;
+      case 2: few<Kind, Row, COLUMNS, 2>(job, column, row); break;
+      case 3: few<Kind, Row, COLUMNS, 3>(job, column, row); break;
+      default: few<Kind, Row, COLUMNS, 4>(job, column, row);
+    }
+  }
 }
 
 // ---------------------------------------------------------------- many rows
@@ -263,8 +268,10 @@ void many_rows(const Product& job, int64_t first_row, int64_t rows, uint8_t* wor
 
 template <class Kind, class Row>
 void by_rows(const Product& job, uint8_t* workspace) {
-  if (job.rows <= FEW) {
-    job.rows == 1 ? few_rows<Kind, Row, 1>(job, 0) : few_rows<Kind, Row, 2>(job, 0);
+  if (job.rows <= dsv4::FEW) {
+    int64_t column = job.first, end = job.first + job.count;
+    for (; column + 4 <= end; column += 4) few_rows<Kind, Row, 4>(job, column);
+    for (; column < end; column++) few_rows<Kind, Row, 1>(job, column);
   } else {
     for (int64_t row = 0; row < job.rows; row += MANY) {
       many_rows<Kind, Row>(job, row, job.rows - row < MANY ? job.rows - row : MANY, workspace);
