@@ -89,3 +89,39 @@ def train_plot(
 
     for file in plot(run, out or run / "plots"):
         print(file)
+
+
+@train_app.command("ablations")
+def train_ablations(
+    folder: Annotated[
+        Path, typer.Argument(help="base.toml and questions, such as recipes/ablations.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs/ablations"),
+    docs: Annotated[
+        Path | None, typer.Option(help="Folder for page, pictures, receipts; default OUT.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.", min=1)] = 3,
+    question: Annotated[
+        list[str] | None, typer.Option(help="One question; may be given again. All by default.")
+    ] = None,
+) -> None:
+    """Train the variants of each question on equal tokens; write a page with tables and plots.
+
+    What is done is not repeated: give the command again after an interruption, or to write
+    the page anew. One seed of everything comes before the next seed.
+
+    \b
+      dsv4 train ablations recipes/ablations --docs docs
+      dsv4 train ablations recipes/ablations --question optimizer --seeds 1
+    """
+    from ..errors import TrainingError
+    from .ablations import questions, run
+    from .findings import report
+
+    found = questions(folder)
+    names = [q.name for q in found]
+    if unknown := sorted({*(question or [])} - {*names}):
+        raise TrainingError("no such question", expected=", ".join(names), got=", ".join(unknown))
+    asked = [q for q in found if not question or q.name in question]
+    receipts = run(asked, out, range(seeds), lambda line: print(line, file=sys.stderr, flush=True))
+    print(report(asked, receipts, docs or out))

@@ -68,9 +68,12 @@ class Run:
         self.tokenizer = self._tokenizer()
         self.net = Transformer(self.config)
         self.net.init_weights(r.seed, r.init_std or None)
+        for name, p in self.net.named_parameters():
+            if any(part in name for part in r.frozen):
+                p.requires_grad_(False)
         settings = OptimSettings(
-            r.weight_decay, r.momentum, r.update_rms, (r.beta1, r.beta2), r.eps,
-            dtype=DTYPES[r.dtype],
+            r.optimizer == "muon", r.weight_decay, r.momentum, r.update_rms,
+            (r.beta1, r.beta2), r.eps, dtype=DTYPES[r.dtype],
         )  # fmt: skip
         self.ranks.divide(self.net)
         owned = self.ranks.owned(self.net)
@@ -398,7 +401,8 @@ class Run:
                     hint="give another --out folder",
                 )
             past = self.recipe.past(step)
-            changed = [k for k in past if past[k] != facts["past"].get(k)]
+            then = Recipe().past(0) | facts["past"]  # keys that did not exist had their default
+            changed = [k for k in past if past[k] != then.get(k)]
             if changed:
                 raise TrainingError(
                     f"{self.folder} was trained to step {step} by another recipe",

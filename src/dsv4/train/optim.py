@@ -48,8 +48,10 @@ def orthogonalize(
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """Learning rates are those of AdamW's kind; ``lr`` is given with each step."""
+    """Learning rates are those of AdamW's kind; ``lr`` is given with each step. Without ``muon``
+    AdamW has the matrices too."""
 
+    muon: bool = True
     weight_decay: float = 0.1
     momentum: float = 0.95
     update_rms: float = 0.18
@@ -81,7 +83,7 @@ class MuonAdamW:
         for name, p in named:
             if not p.requires_grad:
                 continue
-            if not uses_muon(name, p):
+            if not (settings.muon and uses_muon(name, p)):
                 self._adam.append((name, p))
                 self.state[name + ".v"] = torch.zeros_like(p)
                 self.state[name + ".t"] = torch.zeros((), dtype=torch.int64)

@@ -44,13 +44,6 @@ def plot(run: Path, out: Path) -> list[Path]:
     updates), ``mixing`` (singular values of the mHC matrices) and ``drafts`` (how often the MTP
     block is right). TrainingError without a log, a logged step or matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise TrainingError(
-            "matplotlib is not installed", got=e, hint="pip install 'dsv4[plot]'"
-        ) from e
-    matplotlib.use("Agg")
     lines, spikes = course(read_log(run))
     if not lines:
         raise TrainingError(
@@ -65,17 +58,16 @@ def plot(run: Path, out: Path) -> list[Path]:
     }
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    with matplotlib.rc_context(STYLE):
-        for name, (key, draw) in pictures.items():
-            shown = [line for line in lines if line.get(key)]
-            if not shown:
-                continue
-            with _figure(out / f"{name}.png") as figure:
-                for axes in draw(figure, shown):
-                    for step in spikes:
-                        axes.axvline(step, color=ORANGE, linewidth=0.8, linestyle=":")
-                    axes.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
-                files.append(out / f"{name}.png")
+    for name, (key, draw) in pictures.items():
+        shown = [line for line in lines if line.get(key)]
+        if not shown:
+            continue
+        with picture(out / f"{name}.png") as figure:
+            for axes in draw(figure, shown):
+                for step in spikes:
+                    axes.axvline(step, color=ORANGE, linewidth=0.8, linestyle=":")
+                axes.set_xlim(lines[0]["step"], max(lines[-1]["step"], lines[0]["step"] + 1))
+            files.append(out / f"{name}.png")
     return files
 
 
@@ -96,15 +88,24 @@ def course(log: Lines) -> tuple[Lines, list[int]]:
 
 
 @contextmanager
-def _figure(file: Path) -> Iterator[Figure]:
+def picture(file: Path) -> Iterator[Figure]:
+    """A figure in this package's style, written to ``file``; TrainingError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise TrainingError(
+            "matplotlib is not installed", got=e, hint="pip install 'dsv4[plot]'"
+        ) from e
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(8, 4.5), layout="constrained")
-    try:
-        yield figure
-        figure.savefig(file)
-    finally:
-        plt.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = plt.figure(figsize=(8, 4.5), layout="constrained")
+        try:
+            yield figure
+            figure.savefig(file)
+        finally:
+            plt.close(figure)
 
 
 def _column(lines: Lines, *keys: str) -> tuple[list[int], list[float]]:

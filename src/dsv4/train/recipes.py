@@ -86,7 +86,9 @@ class Recipe:
     dtype: str = "bfloat16"  # of activations and matmuls; "float32" to compare runs
     tokens_per_pass: int = 0  # a batch is taken in passes of so many tokens, a rank; 0: at once
     recompute: bool = False  # activations again for the gradient: less memory, more time
+    frozen: list[str] = field(default_factory=list)  # parameters with this in their name stay
     # optimizer
+    optimizer: str = "muon"  # of the matrices; or "adamw", which takes the rest anyway
     lr: float = 5e-3
     weight_decay: float = 0.1
     momentum: float = 0.95
@@ -115,26 +117,24 @@ class Recipe:
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
         """From a TOML file; TrainingError for unknown keys, wrong types and missing files."""
-        try:
-            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise TrainingError(
-                "no such recipe", expected="a TOML file", got=path, hint="see recipes/"
-            ) from e
-        except tomllib.TOMLDecodeError as e:
-            raise TrainingError(f"{path} is not TOML", got=e) from e
+        return cls.of(read_toml(path), str(path))
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """From what a TOML file holds; TrainingError for unknown keys and wrong types."""
+        data = dict(table)
         own = {f.name for f in fields(cls)} - {"stages"}
         stages = data.pop("stages", None)
         for_all = {k: data.pop(k) for k in list(data) if k not in own and k in _STAGE_KEYS}
         base = REPORT.get(str(data.get("preset")), cls())
         if stages is None:
-            kept = base.stages if not for_all else (_stage({}, for_all, str(path)),)
+            kept = base.stages if not for_all else (_stage({}, for_all, where),)
         elif type(stages) is not list or not stages or not all(type(s) is dict for s in stages):
-            raise TrainingError(f"{path}: stages", expected="[[stages]] tables", got=stages)
+            raise TrainingError(f"{where}: stages", expected="[[stages]] tables", got=stages)
         else:
-            kept = tuple(_stage(s, for_all, f"{path}: stages") for s in stages)
-        recipe = replace(base, **_checked(base, data, str(path)), stages=kept)
-        recipe.check(str(path))
+            kept = tuple(_stage(s, for_all, f"{where}: stages") for s in stages)
+        recipe = replace(base, **_checked(base, data, where), stages=kept)
+        recipe.check(where)
         return recipe
 
     def check(self, where: str = "recipe") -> None:
@@ -145,8 +145,9 @@ class Recipe:
 
         if self.preset not in PRESETS:
             refuse("preset", ", ".join(PRESETS), self.preset)
-        if self.dtype not in ("bfloat16", "float32"):
-            refuse("dtype", "bfloat16, float32", self.dtype)
+        for name, known in (("dtype", ("bfloat16", "float32")), ("optimizer", ("muon", "adamw"))):
+            if getattr(self, name) not in known:
+                refuse(name, ", ".join(known), getattr(self, name))
         for name in ("log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1", getattr(self, name))
@@ -213,6 +214,19 @@ class Recipe:
 
 
 _STAGE_KEYS = {f.name for f in fields(Stage)}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file holds; TrainingError when there is none or it is not TOML."""
+    try:
+        table: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise TrainingError(
+            "no such recipe", expected="a TOML file", got=path, hint="see recipes/"
+        ) from e
+    except tomllib.TOMLDecodeError as e:
+        raise TrainingError(f"{path} is not TOML", got=e) from e
+    return table
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -315,4 +329,6 @@ def _values(recipe: Recipe) -> dict[str, str]:
         "longest sample": each([f"{s.length:,}" for s in stages]),
         "attention": each([s.attention for s in stages]),
         "MTP weight": each([f"{s.mtp_weight:g}" for s in stages]),
+        "optimizer of the matrices": recipe.optimizer,
+        "not trained": ", ".join(recipe.frozen) or "nothing",
     } | {name: f"{getattr(recipe, name):g}" for name in names}

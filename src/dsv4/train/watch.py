@@ -116,7 +116,7 @@ def probe(net: Transformer, batch: Batch, nx: Numerics) -> dict[str, Any]:
     samples = max(1, sum(end <= PROBE_TOKENS for end in ends))
     ids, weights = (x[:, : ends[samples - 1]] for x in batch[:2])
     run = net.start(ids, nx, lengths=batch.lengths[:samples])
-    with _recorded_mixing() as matrices:
+    with recorded_mixing() as matrices:
         streams = net.trunk(run)
     spectra = torch.stack([torch.linalg.svdvals(m.flatten(0, -3)).mean(0) for m in matrices])
     out: dict[str, Any] = {"mixing": spectra.tolist()}
@@ -131,7 +131,7 @@ def probe(net: Transformer, batch: Batch, nx: Numerics) -> dict[str, Any]:
 
 
 @contextmanager
-def _recorded_mixing() -> Iterator[list[Tensor]]:
+def recorded_mixing() -> Iterator[list[Tensor]]:
     """Every mHC mixing matrix that is computed meanwhile, ``[..., h, h]`` each."""
     matrices: list[Tensor] = []
     sinkhorn = kernels.sinkhorn
