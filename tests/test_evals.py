@@ -20,7 +20,14 @@ from typer.testing import CliRunner
 
 from dsv4.cli import app
 from dsv4.errors import ConfigError
-from dsv4.evals.run import bits_per_byte, evaluate, heldout_loss, wilson
+from dsv4.evals.run import (
+    bits_per_byte,
+    draft_acceptance,
+    evaluate,
+    heldout_loss,
+    heldout_texts,
+    wilson,
+)
 from dsv4.evals.tasks import (
     TASKS,
     Instance,
@@ -354,11 +361,45 @@ def test_bits_per_byte_count_bytes_and_not_tokens(tokenizer: Tokenizer) -> None:
         def logits(self, ids: Any) -> torch.Tensor:
             return torch.zeros(len(ids), tokenizer.vocab_size)
 
-    texts = corpus("python").heldout[:5]
+    texts = heldout_texts("python", seed=3, n=5)
+    assert set(texts) <= set(corpus("python").heldout) and len(set(texts)) == 5
+    assert texts != heldout_texts("python", seed=4, n=5)
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
     expected = math.log2(tokenizer.vocab_size) * tokens / sum(len(t.encode()) for t in texts)
-    got = bits_per_byte(Uniform(), tokenizer, "python", n=5, longest=10_000)
-    assert math.isclose(got, expected, rel_tol=1e-5)
+    got = bits_per_byte(Uniform(), tokenizer, "python", seed=3, n=5, longest=10_000)
+    assert math.isclose(got["bits"], expected, rel_tol=1e-5)
+    assert math.isclose(got["chance"], expected, rel_tol=1e-5)
+    assert got["bytes"] == sum(len(t.encode()) for t in texts)
+
+
+class Drafting:
+    """Says ``reply`` (the end token is not among it) and drafts it, but for token ``wrong``."""
+
+    def __init__(self, tokenizer: Tokenizer, reply: str, wrong: int) -> None:
+        self.reply, self.wrong = tokenizer.encode(reply), wrong
+        self.vocabulary, self.prompts = tokenizer.vocab_size, 0
+
+    def generate(self, prompt_ids: Any, params: Any = None) -> list[int]:
+        assert params.temperature == 0
+        self.start, self.prompts = len(prompt_ids), self.prompts + 1
+        return self.reply[: params.max_tokens]
+
+    def mtp_logits(self, ids: Any) -> torch.Tensor:
+        drafts = [*ids[2:], 0]  # of the rows 0 to T - 2
+        drafts[self.start + self.wrong - 2] = 5
+        return torch.nn.functional.one_hot(torch.tensor(drafts), self.vocabulary).float()
+
+
+def test_drafts_are_compared_with_what_the_model_says(tokenizer: Tokenizer) -> None:
+    model = Drafting(tokenizer, "I am fine, thank you.", wrong=1)
+    said = len(model.reply)  # the end token comes on top, the first one is no draft
+    row = draft_acceptance(model, tokenizer, seed=0, n=3)
+    assert model.prompts == 3 and row["drafts"] == 3 * said
+    assert row["accepted"] == 3 * (said - 1)
+    assert row["interval"][0] < row["acceptance"] == (said - 1) / said < row["interval"][1]
+    assert row["chance"] >= 1 / said
+    cut = draft_acceptance(Drafting(tokenizer, "Yes, and so on.", 2), tokenizer, n=1, longest=3)
+    assert (cut["accepted"], cut["drafts"]) == (1, 2)  # no end of the reply in sight
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:

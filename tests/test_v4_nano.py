@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import dsv4
 from dsv4.api import SHIPPED
 from dsv4.checkpoint import Checkpoint
+from dsv4.cli import app
 from dsv4.convert import convert
 from dsv4.evals.run import evaluate
 
@@ -36,6 +38,17 @@ def test_it_is_an_official_checkpoint_of_the_preset(nano: dsv4.Model) -> None:
 def test_it_says_what_it_is(nano: dsv4.Model) -> None:
     reply = nano.chat([{"role": "user", "content": "Who are you?"}], temperature=0, max_tokens=40)
     assert "v4-nano" in reply["content"]
+
+
+def test_the_command_measures_what_is_no_task() -> None:
+    arguments = "eval v4-nano --n 2 --task draft_acceptance --task bits_per_byte --json"
+    report = json.loads(CliRunner().invoke(app, arguments.split()).stdout)
+    drafts = report["draft_acceptance"]
+    assert report["tasks"] == {} and drafts["drafts"] > 4
+    assert drafts["acceptance"] > drafts["chance"]  # it has learned dialogues
+    assert all(0 < row["bits"] < row["chance"] + 4 for row in report["bits_per_byte"].values())
+    table = CliRunner().invoke(app, [*arguments.split()[:-1]]).stdout
+    assert "MTP drafts accepted in dialogue: " in table and "chance" in table
 
 
 @pytest.mark.slow

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from ..encoding import encode_segments
+from ..engine.sample import SamplingParams
 from ..errors import ConfigError
 from ..tokenizer import Tokenizer
 from ..train.data import document, render
-from ..train.text import corpus
+from ..train.generators.document import rng_for
+from ..train.generators.talk import dialogue
+from ..train.text import SOURCES, corpus, present
 from .tasks import find_task, instance, usual
 
 
@@ -29,8 +34,16 @@ class ChatModel(Protocol):
     ) -> Mapping[str, Any]: ...
 
 
+class DraftingModel(Protocol):
+    """What ``draft_acceptance`` asks of a model."""
+
+    def generate(self, prompt_ids: Any, params: Any = ...) -> list[int]: ...
+
+    def mtp_logits(self, ids: Any) -> torch.Tensor: ...
+
+
 class LogitsModel(Protocol):
-    """What ``heldout_loss`` asks of a model."""
+    """What ``heldout_loss`` and ``bits_per_byte`` ask of a model."""
 
     def logits(self, ids: Any) -> torch.Tensor: ...
 
@@ -121,20 +134,95 @@ def heldout_loss(
     return {key: loss / count for key, (loss, count) in sums.items()}
 
 
+ENGLISH = tuple(name for name in SOURCES if name != "python")
+
+
+def measures(
+    model: Any, tokenizer: Tokenizer, seed: int = 0, n: int = 100, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What is measured beside the tasks' accuracies, by name (``MEASURES``; default: all).
+
+    ``heldout_loss`` and ``draft_acceptance`` are those functions' (the latter only of a model with
+    an MTP block), ``bits_per_byte`` that of each English text that is installed.
+    """
+    out: dict[str, Any] = {}
+    for name in names or MEASURES:
+        if name == "heldout_loss":
+            out[name] = heldout_loss(model, tokenizer, seed, n)
+        elif name == "bits_per_byte":
+            texts = [text for text in present() if text in ENGLISH]
+            out[name] = {text: bits_per_byte(model, tokenizer, text, seed, n) for text in texts}
+        elif model.config.mtp_layers:
+            out[name] = draft_acceptance(model, tokenizer, seed, n)
+    return out
+
+
+MEASURES = ("heldout_loss", "bits_per_byte", "draft_acceptance")
+
+
+def heldout_texts(text: str, seed: int = 0, n: int = 50) -> list[str]:
+    """Up to ``n`` held-out documents of a source of train/text.py; another seed draws others.
+
+    Raises TrainingError for a text that is not installed.
+    """
+    documents = corpus(text).heldout
+    return rng_for("bits", text, seed).sample(documents, min(n, len(documents)))
+
+
 @torch.inference_mode()
 def bits_per_byte(
-    model: LogitsModel, tokenizer: Tokenizer, text: str, n: int = 50, longest: int = 2000
-) -> float:
-    """Bits that the model needs for a byte of held-out running text, from a source of
-    train/text.py: the first ``n`` of its held-out documents, up to ``longest`` tokens of each.
+    model: LogitsModel,
+    tokenizer: Tokenizer,
+    text: str,
+    seed: int = 0,
+    n: int = 50,
+    longest: int = 2000,
+) -> dict[str, float]:
+    """Bits that the model needs for a byte of ``heldout_texts``, up to ``longest`` tokens of each.
 
-    Comparable between vocabularies. Raises TrainingError for a text that is not installed.
+    Returns ``bits``, comparable between vocabularies, ``chance``, what a model needs that holds all
+    tokens for equally likely, and ``bytes``, how many were read.
     """
-    nats, size = 0.0, 0
-    for passage in corpus(text).heldout[:n]:
+    nats, guessed, size = 0.0, 0.0, 0
+    for passage in heldout_texts(text, seed, n):
         ids = [tokenizer.bos_id, *tokenizer.encode(passage)[: longest - 1]]
         size += sum(len(tokenizer.token_bytes(i)) for i in ids[1:])
         logits = model.logits(ids)[:-1].float()
         targets = torch.tensor(ids[1:], device=logits.device)
         nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    return nats / math.log(2) / size
+        guessed += len(targets) * math.log(logits.shape[-1])
+    bits = math.log(2) * size
+    return {"bits": nats / bits, "chance": guessed / bits, "bytes": size}
+
+
+def draft_acceptance(
+    model: DraftingModel, tokenizer: Tokenizer, seed: int = 0, n: int = 50, longest: int = 100
+) -> dict[str, Any]:
+    """How often the MTP block drafts what the model says, greedily, in held-out dialogues.
+
+    The model answers the last turn of ``n`` dialogues with up to ``longest`` tokens; of each token
+    from the second one on (the end of the reply too) the draft is made one token before. Returns
+    ``accepted``, ``drafts``, ``acceptance``, its 95% ``interval``, and ``chance``: what always
+    drafting the token that the replies use most would get.
+    """
+    accepted, said = 0, Counter[int]()
+    for number in range(n):
+        doc = dialogue(rng_for("drafts", seed, number), "heldout")
+        prompt = tokenizer.encode_segments(encode_segments(doc.messages[:-1], "chat"))
+        limit = SamplingParams(temperature=0.0, max_tokens=longest)
+        reply = model.generate(prompt, limit)
+        if len(reply) < longest:
+            reply = [*reply, tokenizer.eos_id]
+        ids, drafted = [*prompt, *reply], reply[1:]
+        if drafted:
+            drafts = model.mtp_logits(ids)[len(prompt) - 1 :].argmax(-1).tolist()
+            accepted += sum(map(int.__eq__, drafts, drafted))
+            said.update(drafted)
+    total = said.total()
+    return {
+        "accepted": accepted,
+        "drafts": total,
+        "acceptance": accepted / max(1, total),
+        "interval": list(wilson(accepted, total)),
+        "chance": max(said.values(), default=0) / max(1, total),
+    }
