@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dsv4 import bench
+from dsv4 import bench, bench_layers
+from dsv4.bench_layers import KINDS
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
 from dsv4.errors import ConfigError, DSV4Error
@@ -147,3 +148,21 @@ def test_training_steps_are_timed() -> None:
         assert engine["tokens_per_s"] > 0 and engine["peak_bytes"] > 0
         assert 0 < engine["of_matmul"] < 1 and 5 < engine["loss"] < 10
     assert report["flops"]["newton_schulz"] > 0 and report["planned_bytes"] > 10**8
+
+
+def test_layers_stand_for_all_of_their_kind() -> None:
+    report = receipt("layers", "v4-nano", "--of", "nano")
+    ratios = V4Config.preset("nano").compress_ratios
+    for phase in (report["prefill"], report["decode"]):
+        kinds = [layer["kind"] for layer in phase["layers"]]
+        assert kinds == [KINDS[ratio] for ratio in ratios[:5]]
+        assert all(0 < layer["low"] <= layer["ms"] <= layer["high"] for layer in phase["layers"])
+        added = phase["rest_ms"] + sum(layer["ms"] for layer in phase["layers"])
+        assert phase["whole"]["ms"] == pytest.approx(added)  # nano has all its layers
+        assert phase["whole"]["tokens_per_s"] == pytest.approx(1e3 / added)
+        assert 0.3 < sum(phase["kernels"].values()) < 1 and phase["kernels"]["linear"] > 0.02
+
+
+def test_layers_of_another_width_are_refused() -> None:
+    with pytest.raises(ConfigError, match="width of flash"):
+        bench_layers.run("v4-nano")

@@ -72,6 +72,11 @@ class Model:
         self.numerics = nx.name
         self._net, self._nx = net, nx
 
+    @property
+    def net(self) -> Transformer:
+        """The network, for those who measure or change it."""
+        return self._net
+
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, numerics_name: str = "official") -> Model:
         """From an opened checkpoint; its tensors are used where they lie."""

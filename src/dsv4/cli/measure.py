@@ -141,6 +141,64 @@ def bench_kernels(
     console.print(_machine_line(machine), highlight=False)
 
 
+@bench_app.command("layers")
+def bench_layers(
+    model: Annotated[str, typer.Argument(help="Folder of a model of few layers and full width.")],
+    of: Annotated[str, typer.Option(help="The whole model: flash or pro.")] = "flash",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
+    new: Annotated[int, typer.Option(help="Tokens decoded one at a time.", min=1)] = 16,
+    repeats: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time of each layer and kernel of a large model, and of all its layers by extrapolation.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 synth /tmp/flash-4 --layers 4      four layers of V4-Flash, 14 GB
+      dsv4 bench layers /tmp/flash-4
+      dsv4 synth /tmp/pro-1 --preset pro --layers 1
+      dsv4 bench layers /tmp/pro-1 --of pro
+    """
+    from ..bench_layers import run
+
+    report = run(
+        model, of=of, prompt=prompt, new=new, repeats=repeats, threads=threads, say=_progress
+    )
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    phases = (f"prefill {prompt}", report["prefill"]), ("decode", report["decode"])
+    table = Table(title=f"{of}, {human(report['model']['file_bytes'])}", box=SIMPLE_HEAD)
+    table.add_column("ms a token", no_wrap=True)
+    for name, _ in phases:
+        table.add_column(name, justify="right", no_wrap=True)
+    for i in range(report["model"]["layers"]):
+        layers = [phase["layers"][i] for _, phase in phases]
+        cells = (f"{e['ms']:.3f} ({e['low']:.3f}-{e['high']:.3f})" for e in layers)
+        table.add_row(f"layer {i}, {layers[0]['kind']}", *cells)
+    table.add_row("embedding and head", *(f"{phase['rest_ms']:.3f}" for _, phase in phases))
+    for name in report["decode"]["kernels"]:
+        shares = [phase["kernels"].get(name, 0.0) for _, phase in phases]
+        if max(shares) >= 0.01:
+            table.add_row(f"  {name}", *(f"{share:.0%}" for share in shares))
+    console = Console()
+    console.print(table)
+    for name, phase in phases:
+        whole = phase["whole"]
+        console.print(
+            f"{name}: {whole['tokens_per_s']:.2f} tokens a second with {whole['layers']} layers in"
+            " memory, if layers of one kind cost the same (a kind not measured: the mean)",
+            highlight=False,
+        )
+    console.print(_machine_line(report["machine"]), highlight=False)
+
+
 @bench_app.command("train")
 def bench_train(
     shape: Annotated[str, typer.Argument(help="25m, or nano.")] = "25m",
