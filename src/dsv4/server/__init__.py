@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .app import create_app
     from .backend import Backend, LocalBackend
-    from .run import listen, run
+    from .process import listen, run
 
 _HOME = {
     "create_app": "app",
     "Backend": "backend",
     "LocalBackend": "backend",
-    "listen": "run",
-    "run": "run",
+    "listen": "process",
+    "run": "process",
 }
 __all__ = ["Backend", "LocalBackend", "create_app", "listen", "run"]
 
