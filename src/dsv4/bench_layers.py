@@ -149,7 +149,7 @@ def _summary(
     passes: Sequence[tuple[float, Clock]], tokens: int, config: V4Config, whole: V4Config
 ) -> Report:
     ratios = config.compress_ratios[: config.num_hidden_layers]
-    layers = []
+    layers: list[Report] = []
     for i, ratio in enumerate(ratios):
         ms = sorted(1e3 * clock.blocks[i] / tokens for _, clock in passes)
         layers.append(
