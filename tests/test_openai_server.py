@@ -6,15 +6,13 @@ import asyncio
 import contextlib
 import json
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
+from live_server import CALL, HELLO, OFF, WEATHER, Server, wait_for
 from scripted_models import (  # noqa: F401
     ScriptedModel,
     one_torch_thread,
@@ -22,78 +20,14 @@ from scripted_models import (  # noqa: F401
     tiny_model,
 )
 
-from dsv4.encoding import ASSISTANT, DSML, EOS
+from dsv4.encoding import ASSISTANT, EOS
 from dsv4.errors import ConfigError
-from dsv4.server import Backend, LocalBackend, create_app, listen
-from dsv4.server.backend import ContentDelta, Finish, ScriptedBackend, StopStrings, Usage
+from dsv4.server import LocalBackend, listen
+from dsv4.server.backend import ContentDelta, Finish, ScriptedBackend, Usage
+from dsv4.server.local import StopStrings
 from dsv4.tokenizer import Tokenizer
 
-HELLO = [{"role": "user", "content": "Hello"}]
-OFF = {"thinking": {"type": "disabled"}}
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Weather of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city"],
-        },
-    },
-}
-CALL = (
-    f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="get_weather">\n'
-    f'<{DSML}parameter name="city" string="true">Paris</{DSML}parameter>\n'
-    f'<{DSML}parameter name="days" string="false">3</{DSML}parameter>\n'
-    f"</{DSML}invoke>\n</{DSML}tool_calls>"
-)
-
-
 # ---------------------------------------------------------------------- servers
-
-
-class Server:
-    def __init__(self, backend: Backend, **options: Any) -> None:
-        self.backend = backend
-        self._socket = listen("127.0.0.1", 0)
-        self.port = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        app = create_app(backend, **options)
-        self._uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        self._thread = threading.Thread(target=self._uvicorn.run, args=([self._socket],))
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        wait_for(lambda: self._uvicorn.started)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-        self._uvicorn.should_exit = True
-        self.backend.close()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
-
-    def post(self, body: Any, path: str = "/v1/chat/completions", **more: Any) -> httpx.Response:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(self.url + path, content=data, timeout=30, **more)
-
-    def chunks(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """The decoded events of a stream, whose last line must be [DONE]."""
-        response = self.post({**body, "stream": True})
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [x for x in response.text.split("\n\n") if x]
-        assert lines[-1] == "data: [DONE]"
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +193,6 @@ def test_reasoning_and_answer_are_told_apart(scripted: Callable[..., Server]) ->
         ({"chat_template_kwargs": {"thinking": False}}, False),
         ({"chat_template_kwargs": {"enable_thinking": False}}, False),
         ({"chat_template_kwargs": {"thinking": True, "reasoning_effort": "max"}}, True),
-        ({"model": "deepseek-chat"}, False),
-        ({"model": "deepseek-reasoner"}, True),
     ],
 )
 def test_every_spelling_of_the_thinking_switch(
@@ -332,18 +264,24 @@ def test_tool_markup_is_text_when_no_tools_are_declared(scripted: Callable[..., 
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
 )
 @pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("thinking", [False, True])
 def test_a_forced_tool_choice_is_honoured_even_when_thinking(
-    scripted: Callable[..., Server], choice: Any, several: bool
+    scripted: Callable[..., Server], choice: Any, several: bool, thinking: bool
 ) -> None:
-    """The beginning of the call stands in the prompt; the model only fills it in."""
+    """The thought is free; after it nothing but a call can come."""
     other = {"type": "function", "function": {"name": "other"}}
     tools = [WEATHER, other] if several else [WEATHER]
-    answer = scripted(CALL).post({"messages": HELLO, "tools": tools, "tool_choice": choice}).json()
-    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    body = {"messages": HELLO, "tools": tools, "tool_choice": choice, **({} if thinking else OFF)}
+    answer = scripted("Why not.</think>" * thinking + CALL).post(body).json()["choices"][0]
+    (call,) = answer["message"]["tool_calls"]
     assert call["function"] == {"name": "get_weather", "arguments": '{"city": "Paris", "days": 3}'}
-    assert answer["choices"][0]["finish_reason"] == "tool_calls"
-    without = scripted(CALL).post({"messages": HELLO, "tools": tools, **OFF}).json()
-    assert answer["usage"]["prompt_tokens"] > without["usage"]["prompt_tokens"]
+    assert answer["finish_reason"] == "tool_calls" and answer["message"]["content"] == ""
+    assert answer["message"].get("reasoning_content") == ("Why not." if thinking else None)
+    # and it holds when the model would rather talk
+    body |= {"seed": 1, "max_tokens": 300}
+    answer = scripted("Why.</think>" * thinking + "Let me see, it is").post(body).json()
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] in ("get_weather", "other")
 
 
 def test_a_truncated_call_is_not_executable(scripted: Callable[..., Server]) -> None:
@@ -498,8 +436,21 @@ def test_fields_of_other_servers_are_tolerated(scripted: Callable[..., Server]) 
             "top_logprobs is used.",
         ),
         ({"messages": HELLO, "stop": ["x"] * 17}, "Stop string array too long: 17"),
-        ({"messages": HELLO, "n": 2}, "Invalid n value"),
-        ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
+        ({"messages": HELLO, "n": 33}, "Invalid n value, the valid range of n is [1, 32]"),
+        ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "needs a schema"),
+        (
+            {
+                "messages": HELLO,
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}},
+            },
+            "Invalid schema in response_format",
+        ),
+        (
+            {"messages": HELLO, "model": "deepseek-chat"},
+            "The supported API model names are deepseek-v4-pro or deepseek-v4-flash, but you "
+            "passed deepseek-chat.",
+        ),
+        ({"messages": HELLO, "max_thinking_tokens": -1}, "Invalid max_thinking_tokens value"),
         ({"messages": HELLO, "tools": [WEATHER] * 129}, "Too many tools"),
         (
             {"messages": HELLO, "tools": [{"type": "function"}]},
@@ -558,11 +509,13 @@ def test_a_key_is_asked_for_when_there_is_one() -> None:
 def test_a_strict_server_refuses_other_names() -> None:
     script = [ContentDelta("hi"), Finish("stop", Usage(1, 1))]
     with Server(ScriptedBackend(script), strict_model=True) as server:
-        response = server.post({"messages": HELLO, "model": "deepseek-chat"})
+        response = server.post({"messages": HELLO, "model": "gpt-5"})
         assert response.json()["error"]["message"] == (
-            "The supported API model names are scripted, but you passed deepseek-chat."
+            "The supported API model names are deepseek-v4-pro or deepseek-v4-flash, but you "
+            "passed gpt-5."
         )
-        assert server.post({"messages": HELLO, "model": "scripted"}).status_code == 200
+        for name in ("scripted", "deepseek-v4-flash", "deepseek-v4-pro[1m]", "claude-opus-5"):
+            assert server.post({"messages": HELLO, "model": name}).status_code == 200
 
 
 def test_official_sampling_ignores_temperature_when_thinking(tokenizer: Tokenizer) -> None:
@@ -589,13 +542,17 @@ def test_a_model_without_a_tokenizer_is_refused(tokenizer: Tokenizer) -> None:
 
 def test_the_served_model_says_what_it_is(tiny: Server) -> None:
     client = tiny.client
-    (model,) = client.models.list().data
-    assert model.id == "v4-tiny" and client.models.retrieve("v4-tiny").id == "v4-tiny"
+    assert [m.id for m in client.models.list()] == [
+        "v4-tiny",
+        "deepseek-v4-flash",
+        "deepseek-v4-pro",
+    ]
+    assert client.models.retrieve("deepseek-v4-pro").to_dict()["root"] == "v4-tiny"
     card = httpx.get(tiny.url + "/models").json()["data"][0]
     assert card["context_length"] == 2048 and card["owned_by"] == "dsv4"
     assert "not DeepSeek-V4-Flash" in card["description"]
     with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("deepseek-v4-pro")
+        client.models.retrieve("gpt-5")
     health = httpx.get(tiny.url + "/health").json()
     assert health["status"] == "ok" and health["requests_running"] == 0
     page = httpx.get(tiny.url + "/")
@@ -613,10 +570,10 @@ def test_usage_comes_once_where_the_caller_asked_for_it(scripted: Callable[..., 
     assert [("usage" in c) for c in official] == [False] * (len(official) - 1) + [True]
     assert official[-1]["choices"][0]["finish_reason"] == "stop"
     body = {"messages": HELLO, "stream_options": {"include_usage": True}}
-    *others, finish, usage = server.chunks(body)
-    assert all(c["usage"] is None for c in [*others, finish])
-    assert usage["choices"] == [] and usage["usage"]["total_tokens"] > 0
-    assert finish["choices"][0]["finish_reason"] == "stop"
+    *others, last = server.chunks(body)
+    assert all(c["usage"] is None and c["choices"] for c in others)
+    assert last["usage"]["total_tokens"] > 0
+    assert last["choices"][0]["finish_reason"] == "stop"
 
 
 def test_silence_is_filled_with_comments_or_blank_lines(scripted: Callable[..., Server]) -> None:
@@ -695,3 +652,44 @@ def test_a_taken_port_is_refused_with_advice() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--port {port + 1}"):
             listen("127.0.0.1", port)
+
+
+# ---------------------------------------------------------------------- names
+
+
+def test_v4s_names_stand_for_the_configured_checkpoints() -> None:
+    script = [ContentDelta("hi"), Finish("stop", Usage(1, 1))]
+    flash, pro = ScriptedBackend(script, "small"), ScriptedBackend(script, "large")
+    with Server(flash, pro=pro) as server:
+        for name, answers in {
+            "deepseek-v4-flash": "small", "deepseek-v4-pro": "large", "small": "small",
+            "large": "large", "deepseek-v4-pro[1m]": "large", "claude-opus-4-8": "large",
+            "claude-sonnet-5": "small", "claude-haiku-4-5": "small", "claude-x": "small",
+            "anything": "small", "": "small",
+        }.items():  # fmt: skip
+            answer = server.post({"messages": HELLO, "model": name}).json()
+            assert (answer["model"], answer["system_fingerprint"]) == (answers, f"fp_{answers}")
+        cards = {m["id"]: m["root"] for m in httpx.get(server.url + "/models").json()["data"]}
+        assert cards == {
+            "small": "small", "large": "large", "deepseek-v4-flash": "small",
+            "deepseek-v4-pro": "large",
+        }  # fmt: skip
+
+
+def test_retired_names_are_refused_and_a_switch_takes_them() -> None:
+    script = [ContentDelta("hi"), Finish("stop", Usage(1, 1))]
+    backend = ScriptedBackend(script)
+    with Server(backend, retired_names=True) as server:
+        for name, effort in (("deepseek-chat", "none"), ("deepseek-reasoner", "high")):
+            assert server.post({"messages": HELLO, "model": name}).status_code == 200
+            assert backend.requests[-1].effort == effort  # type: ignore[union-attr]
+        both = {"messages": HELLO, "model": "deepseek-chat", "reasoning_effort": "max"}
+        assert server.post(both).status_code == 200
+        assert backend.requests[-1].effort == "max"  # type: ignore[union-attr]
+
+
+def test_effort_max_says_when_the_context_is_small(tiny: Server) -> None:
+    body = {"messages": HELLO, "max_tokens": 2}
+    assert "x-dsv4-note" not in tiny.post(body).headers
+    note = tiny.post({**body, "reasoning_effort": "max"}).headers["x-dsv4-note"]
+    assert "393216" in note and "2048" in note

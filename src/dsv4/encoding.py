@@ -75,6 +75,7 @@ __all__ = [
     "Segment",
     "StreamingParser",
     "ToolCall",
+    "Written",
     "encode_messages",
     "encode_segments",
     "generation_mode",
@@ -84,6 +85,23 @@ __all__ = [
 ]
 
 Segment = tuple[str, bool]
+
+
+class Written(str):
+    """Text a model wrote, with the tokens it wrote it in.
+
+    In place of a message's ``reasoning_content``, or of its content and calls together (as
+    ``written``), it goes into a prompt as those very tokens, never tokenized again.
+    """
+
+    ids: Sequence[int]
+
+    def __new__(cls, text: str, ids: Sequence[int]) -> Written:
+        self = super().__new__(cls, text)
+        self.ids = ids
+        return self
+
+
 
 EFFORTS: dict[str, tuple[str, str | None]] = {
     "off": ("chat", None),
@@ -241,7 +259,9 @@ class _Segments:
     def _add(self, text: str, allow_special: bool) -> None:
         if not text:
             return
-        if self.pieces and self.pieces[-1][1] == allow_special:
+        last, its_kind = self.pieces[-1] if self.pieces else ("", None)
+        written = isinstance(text, Written) or isinstance(last, Written)
+        if its_kind == allow_special and not written:
             self.pieces[-1] = (self.pieces[-1][0] + text, allow_special)
         else:
             self.pieces.append((text, allow_special))
@@ -424,8 +444,9 @@ def _render_assistant(out: _Segments, conversation: _Turns, i: int) -> None:
         if message.get("wo_think_end"):  # ours: the model is to go on thinking from here
             return
         out.template(END_THINK)
-    out.plain(message.get("content") or "")
-    calls = message.get("tool_calls")
+    written = message.get("written")
+    out.plain(written or message.get("content") or "")
+    calls = None if written else message.get("tool_calls")
     if calls:
         out.template(f"\n\n<{DSML}tool_calls>\n")
         for n, call in enumerate(calls):

@@ -20,7 +20,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from dsv4.encoding import BOS, EOS, PAD, SPECIAL_TOKENS, Segment
+from dsv4.encoding import BOS, EOS, PAD, SPECIAL_TOKENS, Segment, Written
 from dsv4.errors import CheckpointError, ConfigError, EncodingError
 
 # Qwen2's split, which llama.cpp and others know by name: words with their leading space, single
@@ -156,11 +156,16 @@ class Tokenizer:
         """Token ids of (text, allow_special) pieces, as ``encoding.encode_segments`` gives them.
 
         Text between two special tokens is tokenized as one run, whatever pieces it came in, so
-        the ids do not depend on where trusted and untrusted text meet.
+        the ids do not depend on where trusted and untrusted text meet. ``Written`` text keeps the
+        tokens it has.
         """
         ids: list[int] = []
         run: list[str] = []
         for text, allow_special in segments:
+            if isinstance(text, Written):
+                ids += [*self.encode("".join(run)), *text.ids]
+                run = []
+                continue
             for part in self._splitter.split(text) if allow_special else [text]:
                 special = self._special_ids.get(part) if allow_special else None
                 if special is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,8 +39,15 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Requests computed at once.", min=1)] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests in line.", min=0)] = 256,
     sessions: Annotated[int, typer.Option(help="Conversations kept for reuse.", min=0)] = 8,
+    pro: Annotated[
+        str | None,
+        typer.Option(help="Another model, for deepseek-v4-pro (Expert). Default: the same."),
+    ] = None,
     strict_model: Annotated[
-        bool, typer.Option(help="Refuse requests that name another model.")
+        bool, typer.Option(help="Refuse requests that name an unknown model.")
+    ] = False,
+    retired_names: Annotated[
+        bool, typer.Option(help="Accept the retired names deepseek-chat and deepseek-reasoner.")
     ] = False,
     official_sampling: Annotated[
         bool,
@@ -62,15 +69,21 @@ def serve(
     port = sock.getsockname()[1]
     loaded = load(model, numerics=numerics)
     use_threads(threads)
-    backend = LocalBackend(
-        loaded,
-        max_running=max_running,
-        max_waiting=max_waiting,
-        session_pool=sessions,
-        context_length=context,
-    )
+    options: dict[str, Any] = {
+        "max_running": max_running,
+        "max_waiting": max_waiting,
+        "session_pool": sessions,
+        "context_length": context,
+    }
+    backend = LocalBackend(loaded, **options)
+    expert = LocalBackend(load(pro, numerics=numerics), **options) if pro else None
     application = create_app(
-        backend, api_key=api_key, strict_model=strict_model, official_sampling=official_sampling
+        backend,
+        pro=expert,
+        api_key=api_key,
+        strict_model=strict_model,
+        retired_names=retired_names,
+        official_sampling=official_sampling,
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = " -H 'Authorization: Bearer KEY'" if api_key else ""
@@ -80,7 +93,7 @@ serving on {address}  (Ctrl-C ends it)
   curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'
 """, flush=True)  # fmt: skip
-    run(application, backend, sock)
+    run(application, [backend, expert] if expert else [backend], sock)
 
 
 @app.command()

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .app import create_app
-    from .backend import Backend, LocalBackend
+    from .backend import Backend
+    from .local import LocalBackend
     from .process import listen, run
 
 _HOME = {
     "create_app": "app",
     "Backend": "backend",
-    "LocalBackend": "backend",
+    "LocalBackend": "local",
     "listen": "process",
     "run": "process",
 }

@@ -1,12 +1,10 @@
-"""The HTTP application: routes, keys, and errors. What the routes speak is in ``openai``."""
+"""The HTTP application: keys, errors, and the routes of every surface."""
 
 from __future__ import annotations
 
 import hmac
 import html
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -14,28 +12,33 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from ..errors import DSV4Error
-from . import openai
-from .backend import Backend, Event, ModelInfo
-from .wire import KEEP_ALIVE, ApiError, LiveResponse, http_error, read_json
+from . import anthropic, openai
+from .backend import Backend, ModelInfo
+from .models import Models, Service
+from .wire import KEEP_ALIVE, ApiError, Envelope, http_error
 
 
 def create_app(
     backend: Backend,
     *,
+    pro: Backend | None = None,
     api_key: str | None = None,
     strict_model: bool = False,
+    retired_names: bool = False,
     official_sampling: bool = False,
     keep_alive: float = KEEP_ALIVE,
 ) -> FastAPI:
     """The ASGI application that serves ``backend``.
 
+    ``pro``                answers to deepseek-v4-pro; default: ``backend`` answers to every name
     ``api_key``            if set, callers must send it (Authorization: Bearer, or x-api-key)
-    ``strict_model``       refuse other model names with 400; otherwise any name is accepted and
+    ``strict_model``       refuse unknown model names with 400; otherwise any name is accepted and
                            the answer's ``model`` says which model really answered
+    ``retired_names``      accept deepseek-chat and deepseek-reasoner
     ``official_sampling``  ignore temperature and top_p in thinking mode, as the hosted API does
     ``keep_alive``         seconds of silence before a sign of life is sent
 
-    The caller closes ``backend``.
+    The caller closes the backends.
     """
     app = FastAPI(title="dsv4", docs_url=None, redoc_url=None, openapi_url=None)
     model = backend.model
@@ -51,45 +54,10 @@ def create_app(
 
     api = APIRouter(dependencies=[Depends(authorize)])
 
-    @api.post("/v1/chat/completions")
-    @api.post("/chat/completions")
-    @api.post("/beta/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        asked = openai.parse(await read_json(request))
-        if strict_model and asked.model != model.id:
-            raise ApiError(
-                f"The supported API model names are {model.id}, but you passed {asked.model}."
-            )
-        order = openai.to_backend(asked, official_sampling=official_sampling)
-        events = await backend.chat(order)
-        answer = openai.Completion(model, asked)
-        if asked.stream:
-            return LiveResponse(
-                _closing(answer.chunks(events), events),
-                media_type="text/event-stream",
-                idle=": keep-alive\n",
-                failure=openai.sse_failure,
-                interval=keep_alive,
-            )
-        return LiveResponse(
-            _closing(answer.whole(events), events),
-            media_type="application/json",
-            idle="\n",
-            failure=lambda error: json.dumps(error.body()),
-            interval=keep_alive,
-        )
-
-    @api.get("/v1/models")
-    @api.get("/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(model)]}
-
-    @api.get("/v1/models/{name:path}")
-    @api.get("/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        if name != model.id:
-            raise ApiError(f"The model {name} is not served here; {model.id} is.", 404)
-        return _model_card(model)
+    models = Models(backend, pro, strict=strict_model, retired_names=retired_names)
+    service = Service(models, official_sampling, keep_alive)
+    for surface in (openai, anthropic):
+        api.include_router(surface.router(service))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -103,43 +71,24 @@ def create_app(
 
     @app.exception_handler(ApiError)
     @app.exception_handler(DSV4Error)
-    async def refused(_: Request, error: Exception) -> Response:
-        return ApiError.of(error).response()
+    async def refused(request: Request, error: Exception) -> Response:
+        return ApiError.of(error).response(_envelope(request))
 
     @app.exception_handler(HTTPException)
     async def http_refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         answer = http_error(error.status_code, error.detail, request.url.path)
-        return JSONResponse(answer.body(), error.status_code, error.headers)
+        return JSONResponse(_envelope(request)(answer), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> Response:
-        return ApiError.of(error).response()
+    async def broken(request: Request, error: Exception) -> Response:
+        return ApiError.of(error).response(_envelope(request))
 
     return app
 
 
-async def _closing(
-    chunks: AsyncGenerator[str, None], events: AsyncGenerator[Event, None]
-) -> AsyncGenerator[str, None]:
-    """``chunks``, with a promise: when it is closed, so is the work behind it."""
-    async with aclosing(events), aclosing(chunks):
-        async for chunk in chunks:
-            yield chunk
-
-
-def _model_card(model: ModelInfo) -> dict[str, Any]:
-    return {
-        "id": model.id,
-        "object": "model",
-        "type": "model",
-        "created": model.created,
-        "owned_by": "dsv4",
-        "display_name": model.id,
-        "description": model.description,
-        "context_length": model.context_length,
-        "max_output_tokens": model.max_output_tokens,
-    }
+def _envelope(request: Request) -> Envelope:
+    return anthropic.envelope if anthropic.speaks(request.url.path) else ApiError.body
 
 
 def _page(model: ModelInfo, base: str) -> str:

@@ -8,18 +8,26 @@ overflow are, with the hosted texts, because clients match on them.
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
 
 from ..engine import SamplingParams
 from .backend import (
+    Backend,
     ChatRequest,
     ContentDelta,
     Event,
+    FillRequest,
     Finish,
     ModelInfo,
     ReasoningDelta,
@@ -27,21 +35,16 @@ from .backend import (
     ToolCall,
     Usage,
 )
-from .wire import ApiError, dumps
+from .models import Route, Service, notes
+from .wire import DONE, ApiError, Closing, LiveResponse, Loose, deserialize, dumps, read_json, sse
 
 MAX_STOPS = 16
 MAX_TOOLS = 128
-DONE = "data: [DONE]\n\n"
+MAX_CHOICES = 32
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
 
-class _Loose(BaseModel):
-    """Unknown fields are tolerated, as the hosted service does."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class Message(_Loose):
+class Message(Loose):
     role: Literal["system", "user", "assistant", "tool", "developer", "latest_reminder"]
     content: str | list[Any] | None = None
     reasoning_content: str | None = None
@@ -51,29 +54,32 @@ class Message(_Loose):
     prefix: bool | None = None
 
 
-class Function(_Loose):
+class Function(Loose):
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
-class Tool(_Loose):
+class Tool(Loose):
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Loose):
+class NamedFunction(Loose):
     name: str
 
 
-class NamedChoice(_Loose):
+class NamedChoice(Loose):
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
-class Thinking(_Loose):
+class Thinking(Loose):
     type: Literal["enabled", "disabled", "adaptive"] = "enabled"
 
 
-class TemplateKwargs(_Loose):
+class TemplateKwargs(Loose):
     """How vLLM and SGLang spell the thinking switch."""
 
     thinking: bool | None = None
@@ -81,21 +87,28 @@ class TemplateKwargs(_Loose):
     reasoning_effort: Effort | None = None
 
 
-class ResponseFormat(_Loose):
-    type: str
+class JsonSchema(Loose):
+    # not called ``schema``: pydantic has a method of that name
+    wanted: dict[str, Any] | None = Field(None, alias="schema")
 
 
-class StreamOptions(_Loose):
+class ResponseFormat(Loose):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(Loose):
     include_usage: bool | None = None
 
 
-class ChatCompletionRequest(_Loose):
+class ChatCompletionRequest(Loose):
     """The body of POST /chat/completions."""
 
     model: str = ""
     messages: list[Message]
     thinking: Thinking | None = None
     reasoning_effort: Effort | None = None
+    max_thinking_tokens: int | None = None
     chat_template_kwargs: TemplateKwargs | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -108,39 +121,143 @@ class ChatCompletionRequest(_Loose):
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     n: int | None = None
+    user_id: str | None = None
+    user: str | None = None
 
-    @property
-    def effort(self) -> str:
+    def effort(self, route: Route) -> str:
         """The asked effort, "none" for no thinking. An explicit switch wins over all hints."""
         kwargs = self.chat_template_kwargs or TemplateKwargs()
         effort = self.reasoning_effort or kwargs.reasoning_effort
         switch = kwargs.thinking if kwargs.thinking is not None else kwargs.enable_thinking
         if self.thinking is not None:
             switch = self.thinking.type != "disabled"
-        if switch is None and effort is None and self.model == "deepseek-chat":
-            switch = False  # the old name of the mode without thinking
+        if switch is None and effort is None:
+            switch = route.thinks
         if switch is False or (effort == "none" and switch is None):
             return "none"
         return "high" if effort in (None, "none") else str(effort)
 
 
-def parse(body: dict[str, Any]) -> ChatCompletionRequest:
-    """Validate a body. Raises ApiError 400 with the hosted API's texts."""
-    try:
-        request = ChatCompletionRequest.model_validate(body)
-    except ValidationError as error:
-        raise ApiError(
-            f"Failed to deserialize the JSON body into the target type: {_serde(error, body)}"
-        ) from error
+class CompletionRequest(Loose):
+    """The body of POST /completions: fill in the middle, or plain continuation."""
+
+    model: str = ""
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    suffix: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    n: int | None = None
+
+
+def router(service: Service) -> APIRouter:
+    """The routes of this surface."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions")
+    @routes.post("/chat/completions")
+    @routes.post("/beta/chat/completions")
+    @routes.post("/beta/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        asked = deserialize(ChatCompletionRequest, await read_json(request))
+        route = service.models.route(asked.model)
+        order = to_backend(asked, route, official_sampling=service.official_sampling)
+        answer = ChatCompletion(route.backend.model, asked, order)
+        events = await answers(route.backend, order, asked.n or 1)
+        headers = notes(route.backend.model, order.effort)
+        return live(service, bool(asked.stream), answer, events, headers)
+
+    @routes.post("/v1/completions")
+    @routes.post("/completions")
+    @routes.post("/beta/completions")
+    @routes.post("/beta/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked = deserialize(CompletionRequest, await read_json(request))
+        route = service.models.route(asked.model)
+        order = fill_order(asked)
+        events = await answers(route.backend, order, asked.n or 1)
+        answer = TextCompletion(route.backend.model, asked)
+        return live(service, bool(asked.stream), answer, events, {})
+
+    @routes.get("/v1/models")
+    @routes.get("/models")
+    @routes.get("/beta/models")
+    @routes.get("/anthropic/v1/models")
+    async def models() -> dict[str, Any]:
+        cards = service.models.cards()
+        first, last = cards[0]["id"], cards[-1]["id"]
+        return {
+            "object": "list", "data": cards, "has_more": False, "first_id": first, "last_id": last
+        }  # fmt: skip
+
+    @routes.get("/user/balance")
+    async def balance() -> dict[str, Any]:
+        """Nothing is sold here; the shape keeps clients that show a balance quiet."""
+        nothing = {"total_balance": "0.00", "granted_balance": "0.00", "topped_up_balance": "0.00"}
+        return {"is_available": True, "balance_infos": [{"currency": "USD", **nothing}]}
+
+    @routes.get("/v1/models/{name:path}")
+    @routes.get("/models/{name:path}")
+    @routes.get("/anthropic/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        for card in service.models.cards():
+            if card["id"] == name:
+                return card
+        served = ", ".join(card["id"] for card in service.models.cards())
+        raise ApiError(f"The model {name} is not served here; these are: {served}.", 404)
+
+    return routes
+
+
+def live(
+    service: Service,
+    stream: bool,
+    answer: ChatCompletion | TextCompletion,
+    events: AsyncGenerator[Numbered, None],
+    headers: dict[str, str],
+) -> Response:
+    if stream:
+        return LiveResponse(
+            Closing(answer.chunks(events), events.aclose),
+            media_type="text/event-stream",
+            idle=": keep-alive\n",
+            failure=lambda error: sse(error.body()),
+            interval=service.keep_alive,
+            headers=headers,
+        )
+    return LiveResponse(
+        Closing(answer.whole(events), events.aclose),
+        media_type="application/json",
+        idle="\n",
+        failure=lambda error: dumps(error.body()),
+        interval=service.keep_alive,
+        headers=headers,
+    )
+
+
+# ---------------------------------------------------------------------- body -> backend
+
+
+def to_backend(
+    request: ChatCompletionRequest, route: Route, *, official_sampling: bool = False
+) -> ChatRequest:
+    """What the backend is asked to do. Raises ApiError or RequestError for values out of range.
+
+    ``official_sampling`` ignores temperature and top_p in thinking mode, as the hosted API does.
+    """
     if not request.messages:
         raise ApiError("Empty input messages")
-    if request.n not in (None, 1):
-        raise ApiError("Invalid n value (currently only n = 1 is supported)")
-    if isinstance(request.stop, list) and len(request.stop) > MAX_STOPS:
-        raise ApiError(f"Stop string array too long: {len(request.stop)}")
+    _check_choices(request.n)
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(
             "Invalid top_logprobs and logprobs value, logprobs must be set to true if "
@@ -148,127 +265,274 @@ def parse(body: dict[str, Any]) -> ChatCompletionRequest:
         )
     if request.tools and len(request.tools) > MAX_TOOLS:
         raise ApiError(f"Too many tools: at most {MAX_TOOLS}, got {len(request.tools)}")
-    kind = request.response_format.type if request.response_format else "text"
-    if kind not in ("text", "json_object"):
-        raise ApiError("This response_format type is unavailable now")
-    return request
-
-
-def to_backend(request: ChatCompletionRequest, *, official_sampling: bool = False) -> ChatRequest:
-    """What the backend is asked to do. Raises RequestError for values out of range.
-
-    ``official_sampling`` ignores temperature and top_p in thinking mode, as the hosted API does.
-    """
-    effort = request.effort
-    asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
-    sampling = SamplingParams(
-        max_tokens=asked,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=request.seed,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-    )
-    if official_sampling and effort != "none":
-        sampling = SamplingParams(max_tokens=asked, seed=request.seed, logprobs=sampling.logprobs)
+    effort = request.effort(route)
     choice = request.tool_choice or ("auto" if request.tools else "none")
-    named = choice.function.name if isinstance(choice, NamedChoice) else None
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return ChatRequest(
         messages=[m.model_dump(exclude_unset=True) for m in request.messages],
         effort=effort,
-        sampling=sampling,
+        sampling=sampled(
+            request.max_completion_tokens if request.max_tokens is None else request.max_tokens,
+            request.temperature,
+            request.top_p,
+            request.seed,
+            (request.top_logprobs or 0) if request.logprobs else None,
+            ignored=official_sampling and effort != "none",
+        ),
         tools=[t.model_dump(exclude_unset=True) for t in request.tools or []],
         tool_choice=choice if isinstance(choice, str) else "required",
-        tool_name=named,
-        stop=tuple(s for s in stop if s),
+        tool_name=choice.function.name if isinstance(choice, NamedChoice) else None,
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        stop=stops(request.stop),
+        schema=_schema(request.response_format),
+        max_thinking_tokens=thinking_budget(request.max_thinking_tokens),
+        namespace=namespace(request.user_id or request.user),
     )
 
 
-class Completion:
-    """Writes one answer, whole or in chunks; both have the same id, time and model."""
+def sampled(
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None = None,
+    logprobs: int | None = None,
+    *,
+    ignored: bool = False,
+) -> SamplingParams:
+    """Sampling parameters, checked. With ``ignored`` temperature and top_p have no effect."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        seed=seed,
+        logprobs=logprobs,
+    )
+    return replace(params, temperature=1.0, top_p=1.0) if ignored else params
 
-    def __init__(self, model: ModelInfo, request: ChatCompletionRequest) -> None:
-        self._thinking = request.effort != "none"
+
+def stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    found = [stop] if isinstance(stop, str) else list(stop or ())
+    if len(found) > MAX_STOPS:
+        raise ApiError(f"Stop string array too long: {len(found)}")
+    return tuple(s for s in found if s)
+
+
+def thinking_budget(tokens: int | None) -> int | None:
+    if tokens is not None and tokens < 0:
+        raise ApiError(
+            "Invalid max_thinking_tokens value, the valid range of max_thinking_tokens is [0, inf)"
+        )
+    return tokens
+
+
+def namespace(user: object) -> str:
+    """Any user id as a short name; clients send names, numbers, even JSON."""
+    return hashlib.sha256(str(user).encode()).hexdigest()[:16] if user else ""
+
+
+def _check_choices(n: int | None) -> None:
+    if n is not None and not 1 <= n <= MAX_CHOICES:
+        raise ApiError(f"Invalid n value, the valid range of n is [1, {MAX_CHOICES}]")
+
+
+def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return {"type": "object"}
+    if wanted.json_schema is None or wanted.json_schema.wanted is None:
+        raise ApiError("Invalid response_format: json_schema needs a schema")
+    return wanted.json_schema.wanted
+
+
+def fill_order(request: CompletionRequest) -> FillRequest:
+    """What the backend is asked to do. Raises ApiError or RequestError."""
+    _check_choices(request.n)
+    return FillRequest(
+        request.prompt if isinstance(request.prompt, str) else request.prompt[0],
+        request.suffix,
+        sampled(
+            request.max_tokens,
+            request.temperature,
+            request.top_p,
+            request.seed,
+            request.logprobs,
+        ),
+        stops(request.stop),
+    )
+
+
+# ---------------------------------------------------------------------- events -> answer
+
+Numbered = tuple[int, Event]
+
+
+async def answers(
+    backend: Backend, order: ChatRequest | FillRequest, n: int
+) -> AsyncGenerator[Numbered, None]:
+    """``n`` answers to one order at once, each event with its answer's number.
+
+    With a seed the answers still differ: each has the next one. Raises what ``chat`` raises.
+    """
+    begun: list[AsyncGenerator[Event, None]] = []
+    try:
+        for i in range(n):
+            seed = order.sampling.seed
+            params = replace(order.sampling, seed=None if seed is None else seed + i)
+            begun.append(await backend.chat(replace(order, sampling=params)))
+    except BaseException:
+        for events in begun:
+            await events.aclose()
+        raise
+
+    async def close() -> None:
+        for events in begun:
+            await events.aclose()
+
+    return Closing(_merged(begun), close)
+
+
+async def _merged(sources: list[AsyncGenerator[Event, None]]) -> AsyncGenerator[Numbered, None]:
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as events:
+            async for event in events:
+                yield 0, event
+        return
+    queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(maxsize=16)
+
+    async def pump(number: int, source: AsyncGenerator[Event, None]) -> None:
+        try:
+            async with aclosing(source) as events:
+                async for event in events:
+                    await queue.put((number, event))
+            await queue.put((number, None))
+        except Exception as error:
+            await queue.put((number, error))
+
+    async with AsyncExitStack() as stack:
+        for task in [asyncio.create_task(pump(i, s)) for i, s in enumerate(sources)]:
+            stack.push_async_callback(_cancelled, task)
+        open_ones = len(sources)
+        while open_ones:
+            number, item = await queue.get()
+            if item is None:
+                open_ones -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield number, item
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def total(usages: Sequence[Usage]) -> Usage:
+    """Of several answers to one prompt, which is counted once."""
+    return Usage(
+        max(u.prompt_tokens for u in usages),
+        sum(u.completion_tokens for u in usages),
+        max(u.cached_tokens for u in usages),
+        sum(u.reasoning_tokens for u in usages),
+    )
+
+
+class _Message:
+    """One choice of a whole answer, while it comes."""
+
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.scores: dict[str, list[TokenLogprob]] = {"content": [], "reasoning_content": []}
+        self.finish = Finish("stop", Usage())
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, ReasoningDelta):
+            self.reasoning.append(event.text)
+            self.scores["reasoning_content"] += event.logprobs
+        elif isinstance(event, ContentDelta):
+            self.content.append(event.text)
+            self.scores["content"] += event.logprobs
+        elif isinstance(event, ToolCall):
+            self.calls.append(_call(event, event.arguments) | {"index": event.index})
+        elif isinstance(event, Finish):
+            self.finish = event
+
+
+class ChatCompletion:
+    """Writes the answer, whole or in chunks; both have the same id, time and model."""
+
+    def __init__(
+        self, model: ModelInfo, request: ChatCompletionRequest, order: ChatRequest
+    ) -> None:
+        self._thinking = order.effort != "none"
         self._logprobs = bool(request.logprobs)
+        self._n = request.n or 1
         options = request.stream_options
         self._include_usage = bool(options and options.include_usage)
-        self._head = {
-            "id": str(uuid.uuid4()),
-            "created": int(time.time()),
-            "model": model.id,
-            "system_fingerprint": model.fingerprint,
-        }
+        self._head = _head(model)
 
-    async def whole(self, events: AsyncIterator[Event]) -> AsyncGenerator[str, None]:
+    async def whole(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
         """The ``chat.completion`` object, as the only chunk."""
-        content: list[str] = []
-        reasoning: list[str] = []
-        calls: list[dict[str, Any]] = []
-        scores: dict[str, list[dict[str, Any]]] = {"content": [], "reasoning_content": []}
-        finish = Finish("stop", Usage())
-        async for event in events:
-            if isinstance(event, ReasoningDelta):
-                reasoning.append(event.text)
-                scores["reasoning_content"] += map(_logprob, event.logprobs)
-            elif isinstance(event, ContentDelta):
-                content.append(event.text)
-                scores["content"] += map(_logprob, event.logprobs)
-            elif isinstance(event, ToolCall):
-                calls.append(_call(event, event.arguments) | {"index": event.index})
-            else:
-                finish = event
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(content)}
+        messages = [_Message() for _ in range(self._n)]
+        async for number, event in events:
+            messages[number].take(event)
+        choices = [self._choice(i, m) for i, m in enumerate(messages)]
+        usage = usage_body(total([m.finish.usage for m in messages]))
+        yield dumps(self._head | {"object": "chat.completion", "choices": choices, "usage": usage})
+
+    def _choice(self, index: int, said: _Message) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(said.content)}
         if self._thinking:
-            message["reasoning_content"] = "".join(reasoning)
-        if calls:
-            message["tool_calls"] = calls
-        choice = {
-            "index": 0,
+            message["reasoning_content"] = "".join(said.reasoning)
+        if said.calls:
+            message["tool_calls"] = said.calls
+        scores = {k: [_logprob(s) for s in v] for k, v in said.scores.items()}
+        return {
+            "index": index,
             "message": message,
             "logprobs": scores if self._logprobs else None,
-            "finish_reason": finish.reason,
+            "finish_reason": said.finish.reason,
         }
-        answer = {"object": "chat.completion", "choices": [choice], "usage": _usage(finish.usage)}
-        yield dumps(self._head | answer)
 
-    async def chunks(self, events: AsyncIterator[Event]) -> AsyncGenerator[str, None]:
+    async def chunks(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
         """Server-sent events of ``chat.completion.chunk`` objects, then ``[DONE]``.
 
-        Usage comes once: on the chunk that has the finish reason, or, if the caller set
-        ``stream_options.include_usage``, on one of its own with no choices, as OpenAI does it.
+        Usage comes once, on the last chunk that has a finish reason. With
+        ``stream_options.include_usage`` every other chunk says ``"usage": null``.
         """
         first: dict[str, Any] = {"role": "assistant", "content": ""}
         if self._thinking:
             first |= {"content": None, "reasoning_content": ""}
-        opened = False
-        async for event in events:
-            if not opened:
-                opened = True
-                yield self._chunk(first)
+        opened: set[int] = set()
+        usages: list[Usage] = []
+        async for number, event in events:
+            if number not in opened:
+                opened.add(number)
+                yield self._chunk(number, first)
             if isinstance(event, ReasoningDelta):
                 delta = {"content": None, "reasoning_content": event.text}
-                yield self._chunk(delta, "reasoning_content", event.logprobs)
+                yield self._chunk(number, delta, "reasoning_content", event.logprobs)
             elif isinstance(event, ContentDelta):
                 delta = {"content": event.text}
                 if self._thinking:
                     delta["reasoning_content"] = None
-                yield self._chunk(delta, "content", event.logprobs)
+                yield self._chunk(number, delta, "content", event.logprobs)
             elif isinstance(event, ToolCall):
                 start = _call(event, "") | {"index": event.index}
                 rest = {"index": event.index, "function": {"arguments": event.arguments}}
-                yield self._chunk({"tool_calls": [start]})
-                yield self._chunk({"tool_calls": [rest]})
-            else:
-                usage = _usage(event.usage)
-                if not self._include_usage:
-                    yield self._chunk({}, finish=event.reason, usage=usage)
-                    continue
-                yield self._chunk({}, finish=event.reason)
-                yield _sse(self._head | {**_CHUNK, "choices": [], "usage": usage})
+                yield self._chunk(number, {"tool_calls": [start]})
+                yield self._chunk(number, {"tool_calls": [rest]})
+            elif isinstance(event, Finish):
+                usages.append(event.usage)
+                last = usage_body(total(usages)) if len(usages) == self._n else None
+                yield self._chunk(number, {}, finish=event.reason, usage=last)
         yield DONE
 
     def _chunk(
         self,
+        index: int,
         delta: dict[str, Any],
         scored: str = "",
         scores: tuple[TokenLogprob, ...] = (),
@@ -276,23 +540,93 @@ class Completion:
         usage: dict[str, Any] | None = None,
     ) -> str:
         logprobs = {scored: [_logprob(s) for s in scores]} if scores else None
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        chunk = self._head | {**_CHUNK, "choices": [choice]}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]}
         if usage is not None or self._include_usage:
             chunk["usage"] = usage
-        return _sse(chunk)
+        return sse(chunk)
 
 
-_CHUNK: dict[str, Any] = {"object": "chat.completion.chunk"}
+class TextCompletion:
+    """Writes the answer to a fill-in-the-middle request."""
+
+    def __init__(self, model: ModelInfo, request: CompletionRequest) -> None:
+        self._scored = request.logprobs is not None
+        self._n = request.n or 1
+        prompt = request.prompt if isinstance(request.prompt, str) else request.prompt[0]
+        self._echo = prompt if request.echo else ""
+        options = request.stream_options
+        self._include_usage = bool(options and options.include_usage)
+        self._head = _head(model) | {"object": "text_completion"}
+
+    async def whole(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
+        """The ``text_completion`` object, as the only chunk."""
+        said = [_Message() for _ in range(self._n)]
+        async for number, event in events:
+            said[number].take(event)
+        choices = [
+            self._choice(
+                i, self._echo + "".join(m.content), m.scores["content"], len(self._echo),
+                m.finish.reason,
+            )
+            for i, m in enumerate(said)
+        ]  # fmt: skip
+        usage = usage_body(total([m.finish.usage for m in said]))
+        yield dumps(self._head | {"choices": choices, "usage": usage})
+
+    async def chunks(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
+        """Server-sent events of ``text_completion`` objects, then ``[DONE]``."""
+        lengths = [0] * self._n
+        usages: list[Usage] = []
+        for number in range(self._n) if self._echo else ():
+            lengths[number] = len(self._echo)
+            yield self._chunk(self._choice(number, self._echo, (), 0, None))
+        async for number, event in events:
+            if isinstance(event, ContentDelta):
+                choice = self._choice(number, event.text, event.logprobs, lengths[number], None)
+                lengths[number] += len(event.text)
+                yield self._chunk(choice)
+            elif isinstance(event, Finish):
+                usages.append(event.usage)
+                last = usage_body(total(usages)) if len(usages) == self._n else None
+                yield self._chunk(self._choice(number, "", (), lengths[number], event.reason), last)
+        yield DONE
+
+    def _chunk(self, choice: dict[str, Any], usage: dict[str, Any] | None = None) -> str:
+        chunk = self._head | {"choices": [choice]}
+        if usage is not None or self._include_usage:
+            chunk["usage"] = usage
+        return sse(chunk)
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        scores: Sequence[TokenLogprob],
+        offset: int,
+        finish: str | None,
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._scored:
+            offsets = [offset]
+            for score in scores:
+                offsets.append(offsets[-1] + len(score.text))
+            logprobs = {
+                "tokens": [s.text for s in scores],
+                "token_logprobs": [s.logprob for s in scores],
+                "top_logprobs": [{t.text: t.logprob for t in s.top} for s in scores],
+                "text_offset": offsets[: len(scores)],
+            }
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def sse_failure(error: ApiError) -> str:
-    """An error after the stream began: one more event, then the end without ``[DONE]``."""
-    return _sse(error.body())
-
-
-def _sse(data: dict[str, Any]) -> str:
-    return f"data: {dumps(data)}\n\n"
+def _head(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": str(uuid.uuid4()),
+        "created": int(time.time()),
+        "model": model.id,
+        "system_fingerprint": model.fingerprint,
+    }
 
 
 def _call(call: ToolCall, arguments: str) -> dict[str, Any]:
@@ -308,7 +642,7 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
     return one(entry.text, entry.raw, entry.logprob) | {"top_logprobs": top}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def usage_body(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -318,26 +652,3 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
-
-
-def _serde(error: ValidationError, body: dict[str, Any]) -> str:
-    """The first problem in the words of the hosted API's deserialiser."""
-    problem = error.errors()[0]
-    where = ""
-    value: Any = body
-    for part in problem["loc"]:
-        if isinstance(part, int):
-            where += f"[{part}]"
-        elif isinstance(value, dict) and (part in value or problem["type"] == "missing"):
-            where += f".{part}" if where else part
-        else:
-            break  # the name of a union's branch, not of a field
-        value = value.get(part) if isinstance(value, dict) else value[part]
-    expected = str(problem.get("ctx", {}).get("expected", ""))
-    if problem["type"] == "missing":
-        parent, _, name = where.rpartition(".")
-        return f"{parent + ': ' if parent else ''}missing field `{name}`"
-    if problem["type"] == "literal_error" and isinstance(value, str):
-        options = expected.replace(" or ", ", ").replace("'", "`")
-        return f"{where}: unknown variant `{value}`, expected one of {options}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

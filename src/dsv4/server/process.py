@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -39,10 +40,12 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def run(app: FastAPI, backend: Backend, sock: socket.socket, log_level: str = "warning") -> None:
+def run(
+    app: FastAPI, backends: Sequence[Backend], sock: socket.socket, log_level: str = "warning"
+) -> None:
     """Serve until SIGINT or SIGTERM, then finish what is open and return.
 
-    The signal stops the backend, so answers in progress end at once with the finish reason
+    The signal stops the backends, so answers in progress end at once with the finish reason
     "insufficient_system_resource". Call it in the main thread.
     """
     config = uvicorn.Config(
@@ -53,7 +56,11 @@ def run(app: FastAPI, backend: Backend, sock: socket.socket, log_level: str = "w
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             super().handle_exit(sig, frame)
             # in a thread, because it waits for the step that is being computed
-            threading.Thread(target=backend.close, daemon=True).start()
+            threading.Thread(target=close, daemon=True).start()
+
+    def close() -> None:
+        for backend in backends:
+            backend.close()
 
     # uvicorn raises the signal again when it is done; by then it has been obeyed
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -63,4 +70,4 @@ def run(app: FastAPI, backend: Backend, sock: socket.socket, log_level: str = "w
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
-        backend.close()
+        close()

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from http import HTTPStatus
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +24,10 @@ from ..errors import EncodingError, RequestError
 
 MAX_BODY = 64 << 20  # bytes; a million tokens of text are about 4 MB
 KEEP_ALIVE = 10.0  # seconds of silence after which a sign of life is sent
+DONE = "data: [DONE]\n\n"
+
+T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class ApiError(Exception):
@@ -38,9 +45,10 @@ class ApiError(Exception):
         error = {"message": str(self), "type": self.type, "param": None, "code": self.code}
         return {"error": error}
 
-    def response(self) -> Response:
+    def response(self, envelope: Envelope | None = None) -> Response:
+        """As a whole answer; ``envelope`` is for surfaces whose errors have another shape."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return JSONResponse(self.body(), self.status, headers)
+        return JSONResponse((envelope or ApiError.body)(self), self.status, headers)
 
     @classmethod
     def of(cls, error: BaseException) -> ApiError:
@@ -56,6 +64,7 @@ class ApiError(Exception):
         return cls("Internal error: the generation failed; the server's log has the details.", 500)
 
 
+Envelope = Callable[[ApiError], dict[str, Any]]
 _INVALID = "invalid_request_error"
 _TYPES = {
     401: "authentication_error",
@@ -96,6 +105,51 @@ async def read_json(request: Request) -> dict[str, Any]:
     return _well_formed(data) if b"\\u" in body else data
 
 
+class Loose(BaseModel):
+    """Part of a request's body. Unknown fields are tolerated, as the hosted service does."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def deserialize(kind: type[Body], body: dict[str, Any]) -> Body:
+    """Validate a body. Raises ApiError 400 with the first problem in the hosted API's words."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise ApiError(
+            f"Failed to deserialize the JSON body into the target type: {_serde(error, body)}"
+        ) from error
+
+
+def _serde(error: ValidationError, body: dict[str, Any]) -> str:
+    problem = error.errors()[0]
+    where = ""
+    value: Any = body
+    for part in problem["loc"]:
+        if isinstance(part, int) and isinstance(value, list) and part < len(value):
+            where += f"[{part}]"
+            value = value[part]
+        elif isinstance(value, dict) and (part in value or problem["type"] == "missing"):
+            where += f".{part}" if where else str(part)
+            value = value.get(part)
+        else:
+            break  # the name of a union's branch, not of a field
+    expected = str(problem.get("ctx", {}).get("expected", ""))
+    if problem["type"] == "missing":
+        parent, _, name = where.rpartition(".")
+        return f"{parent + ': ' if parent else ''}missing field `{name}`"
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        options = expected.replace(" or ", ", ").replace("'", "`")
+        return f"{where}: unknown variant `{value}`, expected one of {options}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def sse(data: Mapping[str, Any], event: str = "") -> str:
+    """One server-sent event."""
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {dumps(data)}\n\n"
+
+
 def dumps(data: object) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
@@ -106,7 +160,7 @@ class LiveResponse(Response):
     Until the first chunk (or the first sign of life) nothing is sent, so an early failure still
     has its own status; a later one is sent in-band, as ``failure`` spells it. After ``interval``
     silent seconds ``idle`` is sent. When the client goes away, or the server cancels the request,
-    ``chunks`` is closed before this returns: closing must stop the work behind it.
+    ``chunks`` is closed before this returns: closing must stop the work behind it (``Closing``).
     """
 
     def __init__(
@@ -117,10 +171,13 @@ class LiveResponse(Response):
         idle: str,
         failure: Callable[[ApiError], str],
         interval: float = KEEP_ALIVE,
+        envelope: Envelope | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(media_type=media_type, headers=_UNBUFFERED)
+        super().__init__(media_type=media_type, headers={**_UNBUFFERED, **(headers or {})})
         del self.headers["content-length"]
         self._chunks, self._idle, self._failure = chunks, idle, failure
+        self._envelope = envelope
         self._interval = interval
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,7 +212,7 @@ class LiveResponse(Response):
                     if started:
                         await write(self._failure(told), more=False)
                     else:
-                        await told.response()(scope, receive, send)
+                        await told.response(self._envelope)(scope, receive, send)
                     if told.status == 500:
                         raise  # the server logs it
                     break
@@ -171,6 +228,34 @@ class LiveResponse(Response):
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     await coming
             await self._chunks.aclose()
+
+
+class Closing(AsyncGenerator[T, None]):
+    """``chunks``, with a promise: when it is closed, ``behind`` is called, even if none was asked
+    for. (A generator that never began runs no ``finally``.)"""
+
+    def __init__(self, chunks: AsyncGenerator[T, None], behind: Callable[[], object]) -> None:
+        self._chunks, self._behind = chunks, behind
+
+    async def asend(self, value: None) -> T:
+        return await self._chunks.asend(value)
+
+    async def athrow(
+        self,
+        typ: type[BaseException] | BaseException,
+        val: BaseException | object = None,
+        tb: TracebackType | None = None,
+    ) -> T:
+        error = typ if isinstance(typ, BaseException) else typ()
+        return await self._chunks.athrow(error)
+
+    async def aclose(self) -> None:
+        try:
+            await self._chunks.aclose()
+        finally:
+            closing = self._behind()
+            if inspect.isawaitable(closing):
+                await closing
 
 
 # nginx holds a response back unless told not to
