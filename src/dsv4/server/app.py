@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from ..errors import DSV4Error
-from . import anthropic, openai
+from . import anthropic, openai, responses
 from .backend import Backend, ModelInfo
 from .models import Models, Service
 from .wire import KEEP_ALIVE, ApiError, Envelope, http_error
@@ -56,7 +56,7 @@ def create_app(
 
     models = Models(backend, pro, strict=strict_model, retired_names=retired_names)
     service = Service(models, official_sampling, keep_alive)
-    for surface in (openai, anthropic):
+    for surface in (openai, anthropic, responses):
         api.include_router(surface.router(service))
 
     @app.get("/health")
