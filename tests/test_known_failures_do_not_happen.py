@@ -253,7 +253,8 @@ def test_13_rewritten_history_is_replayed_byte_for_byte(say: Say) -> None:
     answer = chat(say("a</think>b"), history, tools=[WEATHER])
     assert "Look. \n" + odd in prompt(say(""))
     usage = answer["usage"]
-    assert usage["prompt_cache_miss_tokens"] < 25, "only the result is new"
+    new = len("<tool_result>sunny</tool_result>") + 5  # in characters: few of them are merged
+    assert usage["prompt_cache_miss_tokens"] <= new, "only the result is new"
     call["arguments"] = '{"city": "Rome"}'  # it means something else now, so it is not replayed
     chat(say("a</think>b"), history, tools=[WEATHER])
     assert "Rome" in prompt(say("")) and odd not in prompt(say(""))

@@ -63,7 +63,8 @@ def serve(
       dsv4 serve ./my-model --port 9000 --api-key secret
     """
     from ..api import load
-    from ..server import LocalBackend, create_app, listen, run
+    from ..server import LocalBackend, create_app
+    from ..server.run import listen, run
 
     sock = listen(host, port)  # before the model is loaded, which may take long
     port = sock.getsockname()[1]

@@ -134,10 +134,11 @@ def to_backend(
     effort = request.reasoning.effort if request.reasoning else None
     effort = effort or ("none" if route.thinks is False else "high")
     choice, name = _choice(request.tool_choice, wants)
-    wanted = request.text.format if request.text and request.text.format else TextFormat()
-    if wanted.type == "json_schema" and wanted.wanted is None:
+    wanted = request.text.format if request.text else None
+    kind = wanted.type if wanted else "text"
+    schema = wanted.wanted if wanted and kind == "json_schema" else None
+    if kind == "json_schema" and schema is None:
         raise ApiError("Invalid text.format: json_schema needs a schema")
-    schema = wanted.wanted if wanted.type == "json_schema" else None
     return ChatRequest(
         messages=wants.messages,
         effort=effort,
@@ -151,7 +152,7 @@ def to_backend(
         tool_choice=choice,
         tool_name=name,
         parallel_tool_calls=request.parallel_tool_calls is not False,
-        schema={"type": "object"} if wanted.type == "json_object" else schema,
+        schema={"type": "object"} if kind == "json_object" else schema,
         max_thinking_tokens=thinking_budget(request.max_thinking_tokens),
         namespace=namespace(request.user),
     )
@@ -227,7 +228,10 @@ def _function(tool: dict[str, Any], name: str) -> dict[str, Any]:
 def _messages(
     instructions: str | None, items: list[dict[str, Any]], flat: dict[tuple[str, str], str]
 ) -> Iterable[dict[str, Any]]:
-    """In the chat shape; the items of one assistant turn become one message."""
+    """In the chat shape; the items of one assistant turn become one message.
+
+    A thought that led to nothing is left out.
+    """
     if instructions:
         yield {"role": "system", "content": instructions}
     turn: dict[str, Any] | None = None
@@ -238,17 +242,21 @@ def _messages(
             said = _other(item, kind)
             if said is None:
                 continue
-            if turn is not None:
+            if turn is not None and _says_something(turn):
                 yield turn
-                turn = None
+            turn = None
             yield said
         else:
             if turn is not None and turn.get("tool_calls") and not mine.get("tool_calls"):
                 yield turn
                 turn = None
             turn = _joined(turn, mine)
-    if turn is not None:
+    if turn is not None and _says_something(turn):
         yield turn
+
+
+def _says_something(turn: dict[str, Any]) -> bool:
+    return bool(turn["content"] or turn.get("tool_calls"))
 
 
 def _assistant_part(
