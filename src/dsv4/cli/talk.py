@@ -64,7 +64,7 @@ def serve(
     """
     from ..api import load
     from ..server import LocalBackend, create_app
-    from ..server.run import listen, run
+    from ..server.process import listen, run
 
     sock = listen(host, port)  # before the model is loaded, which may take long
     port = sock.getsockname()[1]
