@@ -117,6 +117,26 @@ def finish(
     return Document(messages, "thinking" if thinking else "chat", effort, task, answer, facts)
 
 
+# ------------------------------------------------------------------ conversations
+
+Exchange = tuple[str, str, str]  # what the user says, a line of reasoning, the reply
+
+
+def talk_key(talk: list[Exchange]) -> tuple[object, ...]:
+    """The key of a whole conversation: what the user says in it."""
+    return ("talk", *(said for said, _, _ in talk))
+
+
+def conversation(
+    rng: Random, task: str, talk: list[Exchange], thinking: bool, share: float
+) -> Document:
+    """Exchanges, worded as people type; a share of the documents has a system message."""
+    messages = system(rng, share)
+    for said, why, reply in talk:
+        messages += [user(typed(rng, said)), assistant(reply, why if thinking else None)]
+    return finish(rng, task, messages, thinking, talk[-1][2], (talk_key(talk),))
+
+
 # ------------------------------------------------------------------ questions with one answer
 
 

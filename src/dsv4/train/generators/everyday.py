@@ -12,7 +12,7 @@ import re
 from random import Random
 from typing import NamedTuple
 
-from .document import Document, Split, assistant, finish, held_out, system, typed, user
+from .document import Document, Exchange, Split, conversation, held_out, talk_key
 from .phrases import (
     ANIMALS,
     CAPITALS,
@@ -641,7 +641,7 @@ def everyday(
     """
     thinking = rng.random() < 0.15 if thinking is None else thinking
     while True:
-        talk: list[tuple[str, str, str]] = []
+        talk: list[Exchange] = []
         chosen = rng.sample(SCRIPTS, scripts or rng.choice((1, 1, 2)))
         for why, steps in chosen:
             values: dict[str, str] = {}
@@ -653,10 +653,6 @@ def everyday(
                 before = str(number)
                 said, reply = rng.choice(line.said), rng.choice(line.replies)
                 talk.append((_fill(rng, said, values), why, _fill(rng, reply, values)))
-        key = ("talk", *(said for said, _, _ in talk))
-        if held_out(*key) == (split == "heldout") and not (sure and line.replies[1:]):
+        if held_out(*talk_key(talk)) == (split == "heldout") and not (sure and line.replies[1:]):
             break
-    messages = system(rng, 0.2)
-    for said, why, reply in talk:
-        messages += [user(typed(rng, said)), assistant(reply, why if thinking else None)]
-    return finish(rng, "everyday", messages, thinking, talk[-1][2], (key,))
+    return conversation(rng, "everyday", talk, thinking, 0.2)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from .dictionary import entry
-from .document import Document, Split, assistant, draw, finish, pair_key, system, typed, user
+from .document import Document, Exchange, Split, conversation, draw, pair_key, talk_key
 from .knowledge import known
 from .phrases import (
     ANIMALS,
@@ -24,8 +24,6 @@ from .phrases import (
     WHO,
 )
 from .sums import MULTIPLY, arithmetic
-
-Exchange = tuple[str, str, str]  # what the user says, a line of reasoning, the reply
 
 
 def _greeting(rng: Random) -> list[Exchange]:
@@ -303,11 +301,4 @@ def dialogue(rng: Random, split: Split = "train", *, thinking: bool | None = Non
             talk += rng.choice((_thanks, _bye))(rng)
         return talk
 
-    def key(talk: list[Exchange]) -> tuple[object, ...]:
-        return ("talk", *(said for said, _, _ in talk))
-
-    talk = draw(split, sample, key)
-    messages = system(rng, 0.25)
-    for said, why, reply in talk:
-        messages += [user(typed(rng, said)), assistant(reply, why if thinking else None)]
-    return finish(rng, "dialogue", messages, thinking, talk[-1][2], (key(talk),))
+    return conversation(rng, "dialogue", draw(split, sample, talk_key), thinking, 0.25)

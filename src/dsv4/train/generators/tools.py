@@ -6,10 +6,20 @@ import json
 from random import Random
 from typing import Any
 
-from .document import Document, Message, Split, assistant, draw, finish, pair_key, user
+from .document import (
+    Document,
+    Exchange,
+    Message,
+    Split,
+    assistant,
+    draw,
+    finish,
+    pair_key,
+    user,
+)
 from .phrases import CITIES, SYSTEM
 from .sums import ADD, MULTIPLY, SUBTRACT
-from .talk import PLAIN, Exchange
+from .talk import PLAIN
 
 
 def _tool(name: str, description: str, parameter: str, what: str) -> dict[str, Any]:
