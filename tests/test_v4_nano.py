@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ import dsv4
 from dsv4.api import SHIPPED
 from dsv4.checkpoint import Checkpoint
 from dsv4.cli import app
-from dsv4.convert import convert
+from dsv4.encoding import encode_segments
 from dsv4.evals.run import evaluate
+from dsv4.evals.tasks import instance
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +62,33 @@ def test_it_does_what_its_card_says(nano: dsv4.Model, task: str) -> None:
 
 
 @pytest.mark.slow
-def test_transformers_computes_the_same_logits(tmp_path: Path) -> None:
+def test_transformers_loads_the_folder_and_says_the_same() -> None:
+    """The shipped files as they are, dequantised on load: the same float32 logits, and the same
+    greedy tokens on twenty prompts, each with up to sixteen tokens of answer."""
     transformers = pytest.importorskip("transformers")
-    convert(SHIPPED / "v4-nano", tmp_path / "bf16", "bf16")
+    pytest.importorskip("accelerate")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "bf16", dtype=torch.float32
-        ).eval()
+            SHIPPED / "v4-nano",
+            quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+        )
+    theirs = theirs.float().eval()
     ours = dsv4.load("v4-nano", numerics="float32")
     assert ours.tokenizer is not None
     ids = ours.tokenizer.encode("The color of the box is green. What is 47 + 85? " * 12)[:300]
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(ours.logits(ids), expected, atol=1e-3, rtol=0)
+    tasks = ("addition_subtraction", "units", "letters", "json_extract", "dictionary")
+    for number in range(20):
+        asked = instance(tasks[number % len(tasks)], 7, number, "off")
+        prompt = ours.tokenizer.encode_segments(encode_segments(asked.messages, "chat"))
+        said = ours.generate(prompt, dsv4.SamplingParams(temperature=0, max_tokens=16))
+        with torch.no_grad():
+            longer = theirs.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                do_sample=False, max_new_tokens=16, pad_token_id=1,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+        end = ours.config.eos_token_id
+        assert said == longer[: longer.index(end) if end in longer else None], asked.messages
