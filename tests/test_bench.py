@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dsv4 import bench, bench_layers
+from dsv4 import bench, bench_layers, kernels
 from dsv4.bench_layers import KINDS
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
@@ -166,3 +166,19 @@ def test_layers_stand_for_all_of_their_kind() -> None:
 def test_layers_of_another_width_are_refused() -> None:
     with pytest.raises(ConfigError, match="width of flash"):
         bench_layers.run("v4-nano")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(kernels.NATIVE is None, reason="the plan is that of the native kernels")
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_training_takes_the_memory_that_was_planned(recompute: bool) -> None:
+    options = "--samples 1 --length 1024 --repeats 2 --threads 1 --json".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv4.cli", "bench", "train", "25m", *options,
+         *(["--recompute"] if recompute else [])],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    real = report["engines"]["dsv4"]["peak_bytes"]
+    assert report["planned_peak_bytes"] == pytest.approx(real, rel=0.15)

@@ -19,6 +19,7 @@ from dsv4.errors import ConfigError
 from dsv4.kernels import reference
 from dsv4.model import FLOAT32, OFFICIAL, Numerics, Transformer
 from dsv4.planner import (
+    activation_bytes,
     efficiency,
     extend_passes,
     forward_flops,
@@ -31,6 +32,7 @@ from dsv4.planner import (
     weight_bytes,
 )
 from dsv4.synth import synthesize
+from dsv4.train.losses import Objective, losses
 from dsv4.train.optim import MuonAdamW, OptimSettings
 
 TINY = V4Config(
@@ -146,6 +148,30 @@ def test_training_bytes_are_those_of_the_optimizer(net: Transformer) -> None:
     assert predicted.optimizer == sum(t.nbytes for t in optimizer.state.values())
     assert predicted.masters == sum(p.nbytes for p in net.parameters())
     assert predicted.gradients == sum(p.nbytes for p in net.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("mtp", [0.0, 0.3])
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.skipif(kernels.NATIVE is None, reason="what torch's own kernels keep is not planned")
+def test_activation_bytes_are_what_the_backward_pass_is_left(
+    net: Transformer, attention: str, mtp: float
+) -> None:
+    tokens = 256
+    ids = torch.randint(TINY.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    objective = Objective(mtp_weight=mtp, attention=attention)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        losses(net, ids, torch.ones(1, tokens), None, objective)
+    real = sum(x.untyped_storage().nbytes() for x in kept.values())
+    plan = activation_bytes(TINY, tokens, mtp=mtp > 0, sparse=attention == "sparse")
+    assert sum(plan.blocks) + sum(plan.copies) + plan.ends == pytest.approx(real, rel=0.05)
 
 
 # ---------------------------------------------------------------- what the model does

@@ -33,8 +33,7 @@ from .bench import (
 )
 from .config import V4Config
 from .errors import ConfigError
-from .planner import training_flops
-from .planner.memory import training_bytes
+from .planner import training_bytes, training_flops, training_peak_bytes
 from .synth import resize
 
 # Small models of every part of V4, without MTP, which transformers does not train.
@@ -61,15 +60,18 @@ def run(
     samples: int = 2,
     length: int = 2048,
     repeats: int = 5,
+    recompute: bool = False,
     threads: int | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Report:
     """Time ``repeats`` training steps of ``samples`` sequences of ``length`` tokens.
 
+    With ``recompute`` ours computes activations again for the gradient.
+
     Returns the receipt: ``model``, ``machine``, ``settings``, ``engines`` (median, lowest and
     highest ``tokens_per_s``, ``of_matmul``: the share of the BF16 matmul rate, ``peak_bytes``
-    added) and, with ``against``, the ``ratio`` of speeds. Raises ConfigError for an unknown shape
-    or peer and DSV4Error when a process that measures dies.
+    added), ``planned_peak_bytes`` of ours and, with ``against``, the ``ratio`` of speeds. Raises
+    ConfigError for an unknown shape or peer and DSV4Error when a process that measures dies.
     """
     if against is not None and against not in PEERS:
         raise ConfigError("bench against", expected=" or ".join(PEERS), got=against)
@@ -84,7 +86,7 @@ def run(
     last: dict[str, Report] = {}
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-") as scratch:
         Path(scratch, "config.json").write_text(json.dumps(config.to_dict()))
-        arguments = (scratch, samples, length)
+        arguments = (scratch, samples, length, int(recompute))
         engines = [
             Process(e, "dsv4.bench_training", arguments, threads, Path(scratch)) for e in names
         ]
@@ -106,10 +108,14 @@ def run(
         "model": {"name": name, "parameters": counts.total, "active": counts.active},
         "machine": machine,
         "settings": {
-            "samples": samples, "length": length, "repeats": repeats, "threads": threads
+            "samples": samples, "length": length, "repeats": repeats, "threads": threads,
+            "recompute": recompute,
         },
         "flops": {"model": flops, "newton_schulz": newton_schulz_flops(config)},
         "planned_bytes": training_bytes(config).total,
+        "planned_peak_bytes": training_peak_bytes(
+            config, samples * length, recompute=recompute, mtp=False
+        ),
         "engines": {},
     }  # fmt: skip
     for engine_name, times in seconds.items():
@@ -147,7 +153,7 @@ def newton_schulz_flops(config: V4Config) -> float:
 # ---------------------------------------------------------------- a process that trains
 
 
-def _ours(config: V4Config, ids: torch.Tensor) -> Callable[[], float]:
+def _ours(config: V4Config, ids: torch.Tensor, recompute: bool) -> Callable[[], float]:
     from .model import Transformer
     from .train.data import Batch
     from .train.losses import Objective, losses
@@ -155,7 +161,7 @@ def _ours(config: V4Config, ids: torch.Tensor) -> Callable[[], float]:
 
     net = Transformer(config)
     net.init_weights(0)
-    objective = Objective(mtp_weight=0.0)
+    objective = Objective(mtp_weight=0.0, recompute=recompute)
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad and objective.trains(n)}
     optim = MuonAdamW(trained.items(), OptimSettings())
     batch = Batch(ids.view(1, -1), torch.ones(1, ids.numel()), (ids.shape[1],) * ids.shape[0])
@@ -198,13 +204,16 @@ class _Steps:
     """The questions a process answers: one."""
 
     def __init__(self) -> None:
-        name, folder, samples, length = sys.argv[1:]
+        name, folder, samples, length, recompute = sys.argv[1:]
         config = V4Config.from_json(Path(folder, "config.json"))
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(config.vocab_size, (int(samples), int(length)), generator=random)
         forget_peak()
         self._before = peak_bytes()
-        self._step = _ours(config, ids) if name == "dsv4" else _transformers(folder, ids)
+        if name == "dsv4":
+            self._step = _ours(config, ids, recompute == "1")
+        else:
+            self._step = _transformers(folder, ids)
 
     def step(self) -> Report:
         begin = time.perf_counter()

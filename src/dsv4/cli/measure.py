@@ -208,6 +208,9 @@ def bench_train(
     samples: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 2,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=2)] = 2048,
     repeats: Annotated[int, typer.Option(help="Steps that are timed.", min=1)] = 5,
+    recompute: Annotated[
+        bool, typer.Option(help="Ours computes activations again: less memory, more time.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -222,8 +225,8 @@ def bench_train(
     from ..bench_training import run
 
     report = run(
-        shape, against=against, samples=samples, length=length, repeats=repeats, threads=threads,
-        say=_progress,
+        shape, against=against, samples=samples, length=length, repeats=repeats,
+        recompute=recompute, threads=threads, say=_progress,
     )  # fmt: skip
     _progress("")
     if as_json:
@@ -251,8 +254,11 @@ def bench_train(
     console.print(table)
     if "ratio" in report:
         console.print(f"{report['ratio']:.2f} times as fast as {against}", highlight=False)
-    planned = human(report["planned_bytes"])
-    console.print(f"weights, gradients and moments: {planned} by plan", highlight=False)
+    peak, fixed = human(report["planned_peak_bytes"]), human(report["planned_bytes"])
+    console.print(
+        f"peak memory by plan: {peak}, of it weights, gradients and moments {fixed}",
+        highlight=False,
+    )
     console.print(_machine_line(report["machine"]), highlight=False)
 
 

@@ -13,16 +13,19 @@ from __future__ import annotations
 from .efficiency import efficiency, ratios_over_context
 from .flops import Flops, forward_flops, token_flops, training_flops
 from .memory import (
+    activation_bytes,
     extend_passes,
     kv_bytes,
     kv_bytes_per_token,
     session_bytes,
     training_bytes,
+    training_peak_bytes,
     weight_bytes,
 )
 
 __all__ = [
     "Flops",
+    "activation_bytes",
     "efficiency",
     "extend_passes",
     "forward_flops",
@@ -33,5 +36,6 @@ __all__ = [
     "token_flops",
     "training_bytes",
     "training_flops",
+    "training_peak_bytes",
     "weight_bytes",
 ]

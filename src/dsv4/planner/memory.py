@@ -181,3 +181,117 @@ def training_bytes(config: V4Config) -> TrainingBytes:
         muon = len(spec.shape) == 2 and not table and not name.endswith("ape")
         moments += 4 * spec.elements if muon else 8 * spec.elements + 8
     return TrainingBytes(masters, 4 * trained, moments)
+
+
+class ActivationBytes(NamedTuple):
+    """What the forward pass of a training step leaves for the backward pass.
+
+    ``blocks``: of each block in order (MTP last), all that it keeps; ``inputs``: its input alone;
+    ``ends``: heads and losses; ``copies``: matrices in the type of the products, of each block.
+    """
+
+    blocks: tuple[int, ...]
+    inputs: int
+    ends: int
+    copies: tuple[int, ...]
+
+
+def activation_bytes(
+    config: V4Config,
+    tokens: int,
+    *,
+    mtp: bool = True,
+    sparse: bool = False,
+    dtype: str = "bfloat16",
+) -> ActivationBytes:
+    """Of a pass over ``tokens`` tokens, with the native kernels; experts evenly loaded.
+
+    ``sparse``: indexers are trained too. Float32 products need no copies of the matrices.
+    """
+    c, item = config, 4 if dtype == "float32" else 2
+    d, h, heads = c.hidden_size, c.hc_mult, c.num_attention_heads * c.head_dim
+    wide = item < 4  # float32 copies of what is 16 bits wide
+
+    def norm(width: float) -> float:
+        return width * (8 if wide else 4) + 4
+
+    site = h * d * item + 4 * (6 * h * h + 2 * h + 1) + norm(d) + 2 * d * item
+    rows = c.num_experts_per_tok * (3 * c.moe_intermediate_size + d)
+    width = c.n_shared_experts * c.moe_intermediate_size
+    routed = rows * item + c.num_experts_per_tok * 32 + c.n_routed_experts * 12 + 4 * d * wide
+    shared = width * (4 * 5 + item)
+    attention = (
+        norm(c.q_lora_rank) + c.q_lora_rank * item + norm(c.head_dim) + c.head_dim * item
+        + 4 * heads * item + c.o_groups * c.o_lora_rank * item
+    )  # fmt: skip
+
+    def pooled(ratio: int, dim: int) -> float:
+        both = 2 * dim * (2 if ratio == 4 else 1) * item
+        return both + (norm(dim) + 2 * dim * item) / ratio
+
+    layers = c.compress_ratios[: c.num_hidden_layers]
+    blocks = []
+    for ratio in (*layers, *(0,) * (c.mtp_layers if mtp else 0)):
+        each = 2 * site + routed + shared + attention
+        if ratio:
+            each += pooled(ratio, c.head_dim)
+        if ratio == 4 and sparse:
+            index = c.index_n_heads * c.index_head_dim
+            each += pooled(ratio, c.index_head_dim) + 3 * index * item + 8 * c.index_n_heads
+        blocks.append(round(each * tokens))
+    heads_of = 1 + (c.mtp_layers if mtp else 0)
+    end = 4 * c.vocab_size + h * d * (4 + item) + norm(d) + d * item
+    more = (heads_of - 1) * (norm(h * d) + norm(d) + (h + 1) * d * item)
+    plain = replace(c, expert_dtype="bf16", quantization_config=None)
+    copies = [0] * len(blocks)
+    for name, spec in inventory(plain).items():
+        part = name.split(".")
+        indexed = ".indexer." in name and not sparse
+        matrix = len(spec.shape) == 2 and not name.endswith(("ape", "tid2eid", "gate.weight"))
+        if wide and part[0] in ("layers", "mtp") and matrix and not indexed:
+            number = int(part[1]) + (c.num_hidden_layers if part[0] == "mtp" else 0)
+            if number < len(blocks):
+                copies[number] += spec.elements * item
+    ends = round((heads_of * end + more) * tokens) + wide * heads_of * c.vocab_size * d * item
+    return ActivationBytes(tuple(blocks), h * d * item * tokens, ends, tuple(copies))
+
+
+PROGRAM = 80_000_000  # torch's code and tables that training touches
+SPARE = 1.35  # of activations: what a block works with, and what malloc keeps; measured
+
+
+def training_peak_bytes(
+    config: V4Config,
+    tokens: int,
+    *,
+    recompute: bool = False,
+    mtp: bool = True,
+    sparse: bool = False,
+    dtype: str = "bfloat16",
+) -> int:
+    """About the most that a process holds while it trains with ``tokens`` tokens in a pass.
+
+    Masters, gradients, moments, what Muon works with, and activations: all that the forward pass
+    keeps, or with ``recompute`` the inputs of the blocks and three times the largest block, because
+    one is computed again while others are given up. Freed memory is not all used again, so it adds
+    up; that three and ``SPARE`` were found by measuring (docs/training.md).
+    """
+    kept = activation_bytes(config, tokens, mtp=mtp, sparse=sparse, dtype=dtype)
+    blocks = [a + b for a, b in zip(kept.blocks, kept.copies, strict=True)]
+    activations = kept.ends + sum(blocks)
+    if recompute:
+        activations = kept.ends + kept.inputs * len(blocks) + 3 * max(blocks)
+    fixed = training_bytes(config).total + orthogonalized_bytes(config)
+    return PROGRAM + fixed + round(SPARE * activations)
+
+
+def orthogonalized_bytes(config: V4Config, at_once: int = 64) -> int:
+    """What Muon works with: of up to ``at_once`` matrices of one shape, four times in float32 and
+    four times in BF16 (directions, sums, products)."""
+    plain = replace(config, expert_dtype="bf16", quantization_config=None)
+    sizes: dict[tuple[int, ...], int] = {}
+    for name, spec in inventory(plain).items():
+        if len(spec.shape) == 2 and not name.endswith(("embed.weight", "head.weight", "ape")):
+            total = sizes.get(spec.shape, 0) + spec.elements
+            sizes[spec.shape] = min(at_once * spec.elements, total)
+    return 24 * max(sizes.values(), default=0)
