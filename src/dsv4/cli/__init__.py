@@ -10,10 +10,30 @@ from __future__ import annotations
 import sys
 
 from ..errors import DSV4Error
-from . import accounts, data, files, measure, plan, talk, training  # each adds its commands
+from . import (  # each adds its commands
+    accounts,
+    connect,
+    data,
+    files,
+    measure,
+    plan,
+    talk,
+    training,
+)
 from .app import app
 
-__all__ = ["accounts", "app", "data", "files", "main", "measure", "plan", "talk", "training"]
+__all__ = [
+    "accounts",
+    "app",
+    "connect",
+    "data",
+    "files",
+    "main",
+    "measure",
+    "plan",
+    "talk",
+    "training",
+]
 
 
 def main() -> None:

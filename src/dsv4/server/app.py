@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from ..errors import DSV4Error
-from . import anthropic, openai, responses
+from . import anthropic, fields, openai, responses
 from .backend import Backend, ModelInfo
 from .models import Models, Service
 from .wire import KEEP_ALIVE, ApiError, Envelope, http_error
@@ -58,6 +58,10 @@ def create_app(
     service = Service(models, official_sampling, keep_alive)
     for surface in (openai, anthropic, responses):
         api.include_router(surface.router(service))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def openapi_document() -> dict[str, Any]:
+        return fields.document(app)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

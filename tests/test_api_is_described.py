@@ -1,0 +1,108 @@
+"""What the documentation says of fields and settings is what the server does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+import httpx
+import pytest
+from live_server import HELLO, Server
+
+from dsv4.server import fields
+from dsv4.server.backend import ContentDelta, Finish, ScriptedBackend, Usage
+
+ROOT = Path(__file__).parents[1]
+BODIES: dict[str, dict[str, Any]] = {
+    "POST /v1/chat/completions": {"messages": HELLO},
+    "POST /v1/completions": {"prompt": "Hello"},
+    "POST /v1/messages": {"messages": HELLO, "max_tokens": 9},
+    "POST /v1/responses": {"input": "Hello"},
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(ScriptedBackend([ContentDelta("x"), Finish("stop", Usage(1, 1))])) as running:
+        yield running
+
+
+def test_the_tables_of_the_documentation_are_current() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    written = text.partition(fields.BEGIN)[2].partition(fields.END)[0]
+    assert written.strip() == fields.markdown().strip(), (
+        "run: python -m dsv4.server.fields docs/api.md"
+    )
+
+
+@pytest.mark.parametrize("surface", fields.SURFACES, ids=lambda s: s.title)
+def test_what_is_said_to_be_honoured_is_read_and_the_rest_is_not(surface: Any) -> None:
+    assert set(surface.honoured) == set(surface.body.model_fields)
+    assert not set(surface.ignored) & set(surface.honoured)
+
+
+@pytest.mark.parametrize("surface", fields.SURFACES, ids=lambda s: s.title)
+def test_ignored_fields_change_nothing_whatever_they_hold(server: Server, surface: Any) -> None:
+    method, path = surface.title.split()
+    assert method == "POST"
+    plain = BODIES[surface.title]
+    requests = server.backend.requests  # type: ignore[attr-defined]
+    for odd in (None, 5, "x", [1], {"a": 1}):
+        response = server.post({**plain, **dict.fromkeys(surface.ignored, odd)}, path)
+        assert response.status_code == 200, response.text
+        assert server.post(plain, path).status_code == 200
+        assert requests[-1] == requests[-2]
+
+
+def test_the_openapi_document_has_the_bodies(server: Server) -> None:
+    spec = httpx.get(f"{server.url}/openapi.json").json()
+    for surface in fields.SURFACES:
+        path = surface.title.split()[1]
+        body = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        name = body["schema"]["$ref"].rpartition("/")[2]
+        properties = spec["components"]["schemas"][name]["properties"]
+        for field, what in surface.honoured.items():
+            assert properties[field]["description"] == what
+
+
+def connect(program: str, *more: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dsv4.cli", "connect", program, *more],
+        capture_output=True, text=True, check=True,
+        env={k: v for k, v in os.environ.items() if k != "DSV4_API_KEY"},
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_the_printed_settings_lead_to_the_server(server: Server) -> None:
+    codex = tomllib.loads(connect("codex", "--url", server.url))
+    provider = codex["model_providers"][codex["model_provider"]]
+    body = {"model": codex["model"], "input": "Hello"}
+    assert (
+        httpx.post(f"{provider['base_url']}/{provider['wire_api']}", json=body).status_code == 200
+    )
+    text = connect("opencode", "--url", server.url + "/", "--key", "k")
+    opencode = json.loads(text.partition("\n")[2])["provider"]["dsv4"]["options"]
+    body = {"model": "deepseek-v4-pro", "messages": HELLO}
+    assert opencode["apiKey"] == "k"
+    url = f"{opencode['baseURL']}/chat/completions"
+    assert httpx.post(url, json=body).status_code == 200
+    for program, name, path in (
+        ("claude", "ANTHROPIC_BASE_URL", "/v1/messages"),
+        ("aider", "OPENAI_API_BASE", "/chat/completions"),
+    ):
+        script = f"{connect(program, '--url', server.url).split('aider --model')[0]}\necho ${name}"
+        base = subprocess.run(
+            ["sh", "-c", script], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        assert httpx.post(base + path, json={**body, "max_tokens": 5}).status_code == 200
