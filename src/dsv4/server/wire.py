@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -88,10 +89,13 @@ async def read_json(request: Request) -> dict[str, Any]:
     Half surrogate pairs, which JSON can spell and UTF-8 cannot, become U+FFFD.
     """
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise ApiError(f"The request body is too large: the limit is {MAX_BODY} bytes.")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise ApiError(f"The request body is too large: the limit is {MAX_BODY} bytes.")
+    except ClientDisconnect as error:
+        raise ApiError("The request body ended before it was complete.") from error
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
