@@ -20,7 +20,7 @@ from dsv4 import kernels, quant
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
 from dsv4.errors import ConfigError
-from dsv4.kernels import Stored, reference
+from dsv4.kernels import PagedRows, RowFormat, Stored, reference
 from dsv4.synth import synthesize
 
 native = pytest.importorskip("dsv4.kernels.native", exc_type=ImportError)
@@ -306,6 +306,56 @@ def test_attention(dtype: torch.dtype, heads: int, ratio: int, k: int) -> None:
     )  # fmt: skip
     close(got, wanted, 4)
     assert torch.equal(torch.cat([attend(0, 1), attend(1, 4), attend(4, queries)], 1), got)
+
+
+def paged(rows: Tensor, each: int, form: RowFormat) -> PagedRows:
+    """The same rows in pieces that lie at an odd place of blocks."""
+    stored, offset = form.pack(rows[0]), 24
+    blocks = []
+    for part in stored.split(each):
+        block = torch.full((offset + each * form.bytes + 8,), 255, dtype=torch.uint8)
+        block[offset : offset + part.numel()] = part.flatten()
+        blocks.append(block)
+    addresses = torch.tensor([b.data_ptr() for b in blocks])
+    return PagedRows(blocks, addresses, offset, each, len(stored), form)
+
+
+@pytest.mark.parametrize("each", [1, 4, 32])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_over_rows_in_pieces(each: int, packed: bool) -> None:
+    """Where rows lie and how they are packed changes no bit."""
+    start, queries, earlier, dim = 130, 5, 31, 192
+    q = activations(queries * 9, dim, BF16).view(1, queries, 9, dim)
+    window = activations(earlier + queries, dim, BF16, 2)[None]
+    rows = reference.fp8_round(activations(40, dim, BF16, 3), 64, 64)[None]
+    rows[0, 3], rows[0, 5, :64] = 0, 1e-7
+    rows = reference.fp8_round(rows, 64, 64)
+    form = RowFormat(dim, BF16, "entry" if packed else None, 64 if packed else 0)
+    there = paged(rows, each, form)
+    assert torch.equal(there.dense(), rows)
+    chosen = torch.tensor([[[1, 3, 5, 7, 30], [0, 1, 2, 3, -1], *[[2, 8, 9, 31, 32]] * 3]])
+    for ratio, picked in ((4, None), (4, chosen), (128, None)):
+        def attend(table: Tensor | PagedRows, ratio: int = ratio, picked: Any = picked) -> Tensor:
+            return native.attention(
+                q, window, table, picked, activations(1, 9, F32)[0], start=start, ratio=ratio,
+                width=32, scale=dim**-0.5, dtype=BF16,
+            )  # fmt: skip
+
+        assert torch.equal(every_way(lambda: attend(there)), attend(rows))
+
+
+@pytest.mark.parametrize("each", [1, 32])
+@pytest.mark.parametrize("packed", [True, False])
+def test_top_k_over_keys_in_pieces(each: int, packed: bool) -> None:
+    q = reference.hadamard_fp4(activations(12, 128, BF16)).view(1, 4, 3, 128)
+    keys = reference.hadamard_fp4(activations(43, 128, BF16, 2))[None]
+    keys[:, 7] = 0
+    there = paged(keys, each, RowFormat(128, BF16, "key" if packed else None))
+    assert torch.equal(there.dense(), keys)
+    weights = activations(4, 3, BF16).view(1, 4, 3)
+    for k in (1, 7, 39):
+        got = every_way(lambda k=k: native.index_topk(q, there, weights, 154, 4, k))  # type: ignore
+        assert torch.equal(got, reference.index_topk(q, keys, weights, 154, 4, k))
 
 
 @BOTH

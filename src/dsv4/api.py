@@ -19,7 +19,7 @@ from . import encoding
 from .checkpoint import Checkpoint
 from .config import V4Config
 from .engine.sample import SamplingParams, sample
-from .engine.session import Session, check_ids
+from .engine.session import Runner, Session, check_ids
 from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
 from .model import Numerics, Pass, Transformer, check_numerics, numerics
 from .tokenizer import Tokenizer
@@ -146,6 +146,10 @@ class Model:
     def session(self) -> Session:
         """An empty timeline; see ``Session``."""
         return Session(self._net, self._nx)
+
+    def runner(self) -> Runner:
+        """What an ``Engine`` runs many timelines on."""
+        return Runner(self._net, self._nx)
 
     # ------------------------------------------------------------ tokens
 

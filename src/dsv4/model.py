@@ -23,7 +23,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from . import kernels, quant
 from .config import FP4_BLOCK, FP8_BLOCK, V4Config
 from .errors import ConfigError, TrainingError
-from .kernels import Stored, reference
+from .kernels import Rows, Stored, reference
 from .packing import Packing
 from .quant import wide
 
@@ -83,7 +83,7 @@ class AttentionState(Protocol):
         ``which`` is "kv" or "index". With ``overlap`` the block before comes first.
         """
 
-    def rows(self, which: str, new: Tensor) -> Tensor:
+    def rows(self, which: str, new: Tensor) -> Rows:
         """Append compressed rows; return all of them."""
 
 
@@ -117,7 +117,8 @@ class Pass:
     nx: Numerics
     ids: Tensor  # [B, T]
     start: int  # position of the first new token
-    states: list[AttentionState] | None = None  # one per layer; None: no past, nothing kept
+    states: Sequence[AttentionState] | None = None  # one per layer; None: no past, nothing kept
+    parts: Sequence[Pass] = ()  # ids [1, N] are the new tokens of several timelines
     # training only:
     packing: Packing | None = None  # ids [1, N] are samples, each seen alone
     dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
@@ -139,9 +140,18 @@ class Pass:
 
     def turn(self, compressed: bool) -> Tensor:
         """The rotation of each new token, ``[T, rope / 2, 2]``."""
+        if self.parts:
+            key = (compressed, -1, 0, 0)
+            if key not in self._rotations:
+                self._rotations[key] = torch.cat([part.turn(compressed) for part in self.parts])
+            return self._rotations[key]
         if self.packing is None:
             return self.rotation(compressed, self.start, self.ids.shape[1])
         return self.rotation(compressed, 0, self.packing.longest)[self.packing.positions]
+
+    def state(self, layer: int) -> AttentionState | None:
+        """What that layer remembers of the past."""
+        return None if self.states is None else self.states[layer]
 
     def indexing(self) -> torch.set_grad_enabled:
         """The context in which indexers work: without a gradient unless they have a loss."""
@@ -150,7 +160,17 @@ class Pass:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, past, new and padding."""
+        if self.parts:
+            return max(part.longest for part in self.parts)
         return self.start + self.ids.shape[1] if self.packing is None else self.packing.longest
+
+
+class Continued(NamedTuple):
+    """New tokens of a timeline, the position of the first, and what its layers remember."""
+
+    ids: Sequence[int]
+    start: int
+    states: Sequence[AttentionState]
 
 
 @functools.lru_cache(maxsize=32)
@@ -266,7 +286,7 @@ class Compressor(nn.Module):
 
     def forward(
         self, kv: Tensor, gate: Tensor, run: Pass, state: AttentionState | None
-    ) -> Tensor:
+    ) -> Rows:
         """All entries ``[B, R, dim]`` after the tokens that ``project`` made ``kv, gate`` of."""
         nx, ratio = run.nx, self.ratio
         if state is None:
@@ -342,7 +362,7 @@ class Indexer(nn.Module):
         weights = self.weights_proj(x, run.nx) * (self.dim**-0.5 * self.heads**-0.5)
         return *pooled, q, weights
 
-    def choose(self, keys: Tensor, query: Sequence[Tensor], run: Pass) -> Tensor | None:
+    def choose(self, keys: Rows, query: Sequence[Tensor], run: Pass) -> Tensor | None:
         """Entries to attend to, ``[B, T, k]``; None while all visible ones fit in the top-k."""
         if run.dense or keys.shape[1] <= self.topk:
             return None
@@ -372,7 +392,7 @@ class Attention(nn.Module):
         self.compressor = Compressor(c, ratio, c.head_dim, rotate=False) if ratio else None
         self.indexer = Indexer(c) if ratio == 4 else None
 
-    def forward(self, x: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
+    def forward(self, x: Tensor, run: Pass, layer: int) -> Tensor:
         c, nx = self.c, run.nx
         turn = run.turn(self.ratio > 0)
         xr = self.wq_a.rounded(x, nx)
@@ -388,12 +408,19 @@ class Attention(nn.Module):
         if self.indexer is not None and not (run.dense and run.index_losses is None):
             with run.indexing():
                 tokens += self.indexer.project(x, latent_r, run)
-        if run.packing is None:
-            out, *losses = self.attend(tokens, run, state)
+        losses: Sequence[Tensor] = ()
+        if run.parts:
+            lengths = [part.ids.shape[1] for part in run.parts]
+            pieces = zip(*(t.split(lengths, 1) for t in tokens), strict=True)
+            done = [self.attend(piece, part, part.state(layer))[0]
+                    for part, piece in zip(run.parts, pieces, strict=True)]
+            out = torch.cat(done, 1)
+        elif run.packing is None:
+            out, *losses = self.attend(tokens, run, run.state(layer))
         else:
             batches = zip(*map(run.packing.split, tokens), strict=True)
-            done = zip(*(self.attend(batch, run, None) for batch in batches), strict=True)
-            out, *losses = map(run.packing.join, done)
+            outs = zip(*(self.attend(batch, run, None) for batch in batches), strict=True)
+            out, *losses = map(run.packing.join, outs)
         if run.index_losses is not None:
             run.index_losses += [loss.mean() for loss in losses]
         out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
@@ -412,7 +439,8 @@ class Attention(nn.Module):
         c = self.c
         q, kv, *projected = tokens
         window = kv if state is None else state.window(kv)
-        chosen = rows = None
+        chosen: Tensor | None = None
+        rows: Rows | None = None
         losses = []
         if self.compressor is not None:
             rows = self.compressor(*projected[:2], run, state)
@@ -421,6 +449,7 @@ class Attention(nn.Module):
                 keys = self.indexer.compressor(*projected[2:4], run, state)
             chosen = self.indexer.choose(keys, projected[4:], run)
             if run.index_losses is not None:
+                assert isinstance(keys, Tensor) and isinstance(rows, Tensor)
                 index_q, weights = projected[4:]
                 losses.append(
                     kernels.index_loss(
@@ -584,16 +613,16 @@ class Block(nn.Module):
         comb = kernels.sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
         return kernels.hc_expand(f(x), streams, post, comb)
 
-    def forward(self, streams: Tensor, run: Pass, state: AttentionState | None) -> Tensor:
-        """Streams ``[B, T, h, d]`` -> the same."""
+    def forward(self, streams: Tensor, run: Pass, layer: int) -> Tensor:
+        """Streams ``[B, T, h, d]`` -> the same. ``layer``: which of the pass's states is its."""
         if run.recompute:
-            return self._recomputed(streams, run)
+            return self._recomputed(streams, run, layer)
         streams = self.site(
-            "attn", lambda x: self.attn(self.attn_norm(x), run, state), streams, run
+            "attn", lambda x: self.attn(self.attn_norm(x), run, layer), streams, run
         )
         return self.site("ffn", lambda x: self.ffn(self.ffn_norm(x), run), streams, run)
 
-    def _recomputed(self, streams: Tensor, run: Pass) -> Tensor:
+    def _recomputed(self, streams: Tensor, run: Pass, layer: int) -> Tensor:
         """``forward`` that keeps nothing but its input, and is done again for the gradient."""
 
         def once(streams: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
@@ -601,7 +630,7 @@ class Block(nn.Module):
             balance: list[tuple[Tensor, Tensor]] = []
             index_losses: list[Tensor] | None = None if run.index_losses is None else []
             part = replace(run, recompute=False, balance=balance, index_losses=index_losses)
-            return self(streams, part, None), balance, index_losses or []
+            return self(streams, part, layer), balance, index_losses or []
 
         out: Tensor
         out, balance, index_losses = checkpoint(
@@ -661,9 +690,7 @@ class MTPBlock(Block, _Collapsing):
         self.emb = MTPEmbedding(c) if c.is_base else None
         self.head = Head(c.vocab_size, c.hidden_size) if c.is_base else None
 
-    def predict(
-        self, streams: Tensor, run: Pass, embed: Embedding, state: AttentionState | None = None
-    ) -> Tensor:
+    def predict(self, streams: Tensor, run: Pass, embed: Embedding, layer: int) -> Tensor:
         """Streams ``[B, T, h, d]`` for the token after ``run.ids [B, T]``, which are the tokens
         after those that made ``streams``."""
         nx = run.nx
@@ -672,7 +699,7 @@ class MTPBlock(Block, _Collapsing):
         h = self.hnorm(streams)
         e = self.e_proj(self.e_proj.rounded(e, nx), nx).unsqueeze(-2)
         mixed = e + self.h_proj(self.h_proj.rounded(h, nx), nx)
-        mixed_streams: Tensor = self(mixed, run, state)
+        mixed_streams: Tensor = self(mixed, run, layer)
         return mixed_streams
 
 
@@ -694,36 +721,44 @@ class Transformer(_Collapsing):
     # ------------------------------------------------------------ forward
 
     def start(
-        self,
-        ids: Tensor,
-        nx: Numerics,
-        start: int = 0,
-        states: list[AttentionState] | None = None,
-        lengths: Sequence[int] | None = None,
+        self, ids: Tensor, nx: Numerics, lengths: Sequence[int] | None = None
     ) -> Pass:
-        """What a forward pass over ``ids [B, T]`` from position ``start`` on needs.
+        """What a forward pass over whole sequences ``ids [B, T]`` needs.
 
         With ``lengths`` the one row ``ids [1, N]`` is made of samples of so many tokens, each of
         which is seen alone: positions, windows, compressed entries and the MTP block start anew.
-        TrainingError when they do not add up to N, or together with a past.
+        TrainingError when they do not add up to N.
         """
         if lengths is None:
-            return Pass(self.config, nx, ids, start, states)
+            return Pass(self.config, nx, ids, 0)
         packing = Packing(lengths, ids.device)
-        if ids.shape != (1, packing.tokens) or start or states is not None:
+        if ids.shape != (1, packing.tokens):
             raise TrainingError(
                 "lengths do not describe this row",
-                expected=f"one row of {packing.tokens} tokens without a past",
-                got=f"ids {list(ids.shape)} from position {start}",
+                expected=f"one row of {packing.tokens} tokens",
+                got=f"ids {list(ids.shape)}",
             )
-        return Pass(self.config, nx, ids, 0, None, packing)
+        return Pass(self.config, nx, ids, 0, packing=packing)
+
+    def resume(self, nx: Numerics, timelines: Sequence[Continued]) -> Pass:
+        """What one forward pass over the new tokens of several timelines needs.
+
+        They lie one after the other in the row ``ids [1, N]``. All that works token by token takes
+        the row as it is; only attention takes it apart. With the native kernels a timeline's
+        result does not depend on the others, bit for bit.
+        """
+        parts = [Pass(self.config, nx, torch.tensor([t.ids]), t.start, t.states) for t in timelines]
+        if len(parts) == 1:
+            return parts[0]
+        ids = torch.cat([part.ids for part in parts], 1)
+        return Pass(self.config, nx, ids, 0, parts=parts)
 
     def trunk(self, run: Pass, keep: list[Tensor] | None = None) -> Tensor:
         """Streams ``[B, T, h, d]`` after the last block; ``keep`` collects those after each."""
         streams: Tensor = self.embed(run.ids, run.nx.dtype).unsqueeze(2)
         streams = streams.expand(-1, -1, self.config.hc_mult, -1)
         for i, layer in enumerate(self.layers):
-            streams = layer(streams, run, None if run.states is None else run.states[i])
+            streams = layer(streams, run, i)
             if keep is not None:
                 keep.append(streams)
         return streams
@@ -749,7 +784,7 @@ class Transformer(_Collapsing):
             streams = streams.index_select(1, kept)
             packing = Packing([n - 1 for n in run.packing.lengths if n > 1], run.ids.device)
             after = replace(run, ids=run.ids[:, kept + 1], packing=packing)
-        return self._mtp.predict(streams, after, self.embed)
+        return self._mtp.predict(streams, after, self.embed, len(self.layers))
 
     def mtp_logits(self, mtp_streams: Tensor, run: Pass) -> Tensor:
         """Logits ``[..., V]`` (float32) of the token after the next, from ``mtp_streams``."""

@@ -1,171 +1,305 @@
 """KVState: everything one timeline of tokens leaves behind in the attention layers.
 
-It alone knows the parts: the window ring, raw compressor rows not yet pooled, CSA and HCA rows,
-indexer keys. Everyone else speaks of positions: ``snapshot(p)`` and ``restore(p)``.
+It alone knows the parts: the window, raw compressor rows not yet pooled, CSA and HCA rows, indexer
+keys. Everyone else speaks of positions.
 
-At a multiple of 128 tokens nothing is half-pooled but the last four raw rows of a CSA layer, so a
-snapshot is the window and those rows; compressed rows are append-only and are only cut short.
-Snapshots are kept dense near the tail and thinned further back.
+    rows      append-only, in blocks of 128 tokens that hold those of all layers in the published
+              storage formats; timelines share blocks, and who writes into one that another has
+              gone on in copies that one block first
+    the rest  the last 127 window entries and the raw rows of blocks being pooled: a ``Cut`` of a
+              timeline at some position is these, and with the rows before it all there is
+
+A pass may be cut at every position that it went over, so that cuts can be as dense as wanted
+whatever the passes' lengths are; ``settle`` ends that and frees what it took.
 """
 
 from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import V4Config
-from ..model import no_block_before
+from ..errors import DSV4Error
+from ..kernels import PagedRows, RowFormat
+from ..model import Numerics, no_block_before
 
-GRAIN = 128  # tokens between snapshots: the least common multiple of the ratios
+GRAIN = 128  # tokens of a block: the least common multiple of the ratios
 
 
-class _Rows:
-    """An append-only table ``[B, n, D]`` that grows by half when full."""
+class _Table(NamedTuple):
+    """Where a layer's rows of one kind lie in a block."""
 
-    def __init__(self, first: Tensor | None = None) -> None:
-        self.data: Tensor | None = None
-        self.used = 0
-        if first is not None:
-            self.append(first)
+    offset: int
+    each: int  # rows in a block
+    format: RowFormat
 
-    def append(self, new: Tensor) -> Tensor:
-        total = self.used + new.shape[1]
-        if self.data is None or total > self.data.shape[1]:
-            room = max(64, total + total // 2)
-            data = new.new_empty(new.shape[0], room, new.shape[2])
-            if self.data is not None:
-                data[:, : self.used] = self.data[:, : self.used]
-            self.data = data
-        self.data[:, self.used : total] = new
-        self.used = total
-        return self.data[:, :total]
 
-    def present(self) -> Tensor:
-        """What was appended, and is not cut off; a view."""
-        assert self.data is not None
-        return self.data[:, : self.used]
+class Layout:
+    """How the rows of 128 tokens lie in a block of ``bytes`` bytes, under given numerics.
 
-    def copy(self) -> _Rows:
-        return _Rows(self.present())
+    Official numerics pack rows as published; then ``bytes`` / 128 is the published formula.
+    """
 
+    def __init__(self, config: V4Config, nx: Numerics) -> None:
+        kept = config.qk_rope_head_dim
+        self.ratios = config.compress_ratios[: config.num_hidden_layers]
+        self.window = config.sliding_window
+        self.entry = RowFormat(config.head_dim, nx.dtype)
+        key = RowFormat(config.index_head_dim, nx.dtype)
+        if nx.official:
+            self.entry = RowFormat(config.head_dim, nx.dtype, "entry", kept)
+            key = RowFormat(config.index_head_dim, nx.dtype, "key")
+        self.tables: dict[tuple[int, str], _Table] = {}
+        self.bytes = 0
+        for layer, ratio in enumerate(self.ratios):
+            for which in ("kv", "index")[: 0 if not ratio else 2 if ratio == 4 else 1]:
+                table = _Table(self.bytes, GRAIN // ratio, self.entry if which == "kv" else key)
+                self.tables[layer, which] = table
+                self.bytes += table.each * table.format.bytes
+
+
+    def most_beside_rows(self) -> int:
+        """Bytes of a timeline's window and raw rows at most."""
+        size = len(self.ratios) * (self.window - 1) * self.entry.width * self.entry.dtype.itemsize
+        for (layer, _), table in self.tables.items():
+            ratio = self.ratios[layer]
+            size += 2 * 4 * table.format.width * (ratio - 1 if ratio != 4 else 2 * (4 + 3))
+        return size
+
+
+class Block:
+    """The rows of 128 successive tokens; those that are written never change.
+
+    ``claimed``: how many tokens' rows have been written, or will be by the timeline that asked.
+    """
+
+    __slots__ = ("claimed", "data")
+
+    def __init__(self, size: int) -> None:
+        self.data = torch.empty(size, dtype=torch.uint8)
+        self.claimed = 0
+
+    def copy(self, tokens: int) -> Block:
+        """Another block with the same rows, of which so many tokens' count."""
+        other = Block(0)
+        other.data, other.claimed = self.data.clone(), tokens
+        return other
+
+    def checksum(self) -> int:
+        return zlib.crc32(self.data.numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A timeline's state at ``position``, but for the rows of whole blocks before it.
+
+    ``layers``: the window as it is stored and the raw rows, by name. ``partial``: the block with
+    the rows after the last multiple of 128. Immutable.
+    """
+
+    position: int
+    layers: Sequence[Mapping[str, Tensor]]
+    partial: Block | None
+
+    @property
     def bytes(self) -> int:
-        return 0 if self.data is None else self.data.nbytes
+        """Memory it takes, a partial block included."""
+        own = sum(t.nbytes for layer in self.layers for t in layer.values())
+        return own + (0 if self.partial is None else self.partial.data.nbytes)
 
 
 class LayerState:
     """One attention layer's part; implements ``model.AttentionState``."""
 
-    def __init__(self, width: int) -> None:
-        self._keep = width - 1
+    def __init__(self, owner: KVState, layer: int) -> None:
+        self._owner, self._layer = owner, layer
+        ratio = owner.layout.ratios[layer]
+        self._before = ratio if ratio == 4 else 0  # raw rows kept of the block that was pooled last
+        self._keep = owner.layout.window - 1
         self._window: Tensor | None = None
-        self._raw: dict[str, _Rows] = {}
-        self._rows: dict[str, _Rows] = {}
+        self._raw: dict[str, Tensor] = {}
+        self._recent: dict[str, Tensor] = {}  # what the last pass saw of each
 
     def window(self, kv: Tensor) -> Tensor:
         both = kv if self._window is None else torch.cat((self._window, kv), 1)
-        self._window = both[:, -self._keep :]
-        if both.shape[1] > 4 * self._keep:
-            self._window = self._window.clone()  # do not keep a long prefill alive
+        self._recent["window"], self._window = both, both[:, -self._keep :]
         return both
 
     def pending(self, which: str, raw: Tensor, ratio: int, overlap: bool) -> Tensor:
         kept = self._raw.get(which)
-        if kept is None:
-            kept = self._raw[which] = _Rows(no_block_before(raw, ratio) if overlap else None)
-        present = kept.append(raw)
+        if kept is None and overlap:
+            kept = no_block_before(raw, ratio)
+        present = raw if kept is None else torch.cat((kept, raw), 1)
         whole = present.shape[1] // ratio * ratio
-        done = whole - ratio if overlap else whole
-        if done:
-            self._raw[which] = _Rows(present[:, done:])
+        self._recent[which] = present
+        self._raw[which] = present[:, max(0, whole - self._before) :]
         return present[:, :whole]
 
-    def rows(self, which: str, new: Tensor) -> Tensor:
-        return self._rows.setdefault(which, _Rows()).append(new)
+    def rows(self, which: str, new: Tensor) -> PagedRows:
+        owner, table = self._owner, self._owner.layout.tables[self._layer, which]
+        ratio, size = GRAIN // table.each, table.each * table.format.bytes
+        at, end = owner.length // ratio, owner.length // ratio + new.shape[1]
+        if at < end:
+            stored, first = table.format.pack(new[0]), at
+            while at < end:
+                block, inside = divmod(at, table.each)
+                n = min(end - at, table.each - inside)
+                data = owner.blocks[block].data[table.offset : table.offset + size]
+                data.view(table.each, -1)[inside : inside + n] = stored[at - first : at - first + n]
+                at += n
+        blocks = owner.block_data()
+        return PagedRows(blocks, owner.addresses, table.offset, table.each, end, table.format)
 
-    def cut(self) -> dict[str, Tensor | None]:
-        """Copies of the parts that later tokens overwrite."""
-        parts: dict[str, Tensor | None] = {
-            k: v.present().clone() for k, v in self._raw.items()
-        }
-        parts["window"] = None if self._window is None else self._window.clone()
+    def cut(self, position: int) -> dict[str, Tensor]:
+        """What later tokens overwrite, as it was at ``position`` in the last pass."""
+        back, ratio = self._owner.length - position, self._owner.layout.ratios[self._layer]
+        parts = {}
+        window = self._recent.get("window", self._window)
+        if window is not None:
+            last = window[0, : window.shape[1] - back][-self._keep :]
+            stored = self._owner.layout.entry.pack(last)
+            parts["window"] = stored if self._owner.layout.entry.packed else stored.clone()
+        for which, now in self._raw.items():
+            # raw rows lie from the block that is being filled on, or the one before
+            keep = position % ratio + self._before
+            present = self._recent.get(which, now)
+            end = present.shape[1] - back
+            parts[which] = present[:, max(0, end - keep) : end].clone()
         return parts
 
-    def put_back(self, parts: dict[str, Tensor | None], position: int, ratio: int) -> None:
-        self._window = parts["window"]
-        self._raw = {k: _Rows(v) for k, v in parts.items() if k != "window" and v is not None}
-        for rows in self._rows.values():
-            rows.used = position // ratio
+    def put_back(self, parts: Mapping[str, Tensor]) -> None:
+        self._recent.clear()
+        self._raw = {which: t for which, t in parts.items() if which != "window"}
+        window = parts.get("window")
+        form = self._owner.layout.entry
+        self._window = None if window is None else form.unpack(window).unsqueeze(0)
 
-    def copy(self) -> LayerState:
-        other = LayerState(self._keep + 1)
-        other._window = self._window
-        other._raw = {k: v.copy() for k, v in self._raw.items()}
-        other._rows = {k: v.copy() for k, v in self._rows.items()}
-        return other
+    def settle(self) -> None:
+        long = {which for which, t in self._recent.items() if t.shape[1] > 2 * GRAIN}
+        self._recent.clear()  # what is kept may be a view of a long pass
+        if "window" in long and self._window is not None:
+            self._window = self._window.clone()
+        for which in long & self._raw.keys():
+            self._raw[which] = self._raw[which].clone()
+
+    def adopt(self, other: LayerState) -> None:
+        self._window, self._raw = other._window, dict(other._raw)  # tensors that never change
 
     def bytes(self) -> int:
-        tables = [*self._raw.values(), *self._rows.values()]
         window = 0 if self._window is None else self._window.nbytes
-        return window + sum(table.bytes() for table in tables)
+        return window + sum(t.nbytes for t in self._raw.values())
 
 
 class KVState:
     """The attention memory of one timeline, ``length`` tokens long.
 
-    Promise: after ``restore(p)`` the state equals the one that held when the timeline was ``p``
-    tokens long, bit for bit.
+        state.reserve(n)        before a pass over n more tokens, for which ``layers`` are the past
+        state.advance(n)        after it
+        state.cut(position)     at any position of that pass
+        state.settle()          when no more cuts are wanted
+        KVState.resume(layout, blocks, cut)
+
+    Promise: a state resumed from a cut at p equals the one that held when the timeline was p tokens
+    long, bit for bit.
     """
 
-    def __init__(self, config: V4Config) -> None:
-        self._ratios = config.compress_ratios[: config.num_hidden_layers]
-        self._width = config.sliding_window
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.length = 0
-        self.layers = [LayerState(self._width) for _ in self._ratios]
-        self._snapshots: dict[int, list[dict[str, Tensor | None]]] = {}
+        self.blocks: list[Block] = []
+        self.addresses = torch.empty(8, dtype=torch.int64)
+        self._data: list[Tensor] = []
+        self.layers = [LayerState(self, i) for i in range(len(layout.ratios))]
 
-    def snapshot(self) -> None:
-        """Remember the state at the present length, which must be a multiple of 128."""
-        if self.length % GRAIN == 0 and self.length not in self._snapshots and self.length:
-            self._snapshots[self.length] = [layer.cut() for layer in self.layers]
-            self._thin()
+    @classmethod
+    def resume(cls, layout: Layout, blocks: Sequence[Block], cut: Cut | None) -> KVState:
+        """The state at ``cut``; ``blocks`` holds at least the whole blocks before it. None: empty.
 
-    def restore(self, position: int) -> int:
-        """Go back to the last snapshot at or before ``position``; returns its position."""
-        at = max((p for p in self._snapshots if p <= position), default=0)
-        self._snapshots = {p: s for p, s in self._snapshots.items() if p <= at}
-        if at == 0:
-            self.layers = [LayerState(self._width) for _ in self._ratios]
-        else:
-            for layer, parts, ratio in zip(
-                self.layers, self._snapshots[at], self._ratios, strict=True
-            ):
-                layer.put_back(parts, at, ratio or 1)
-        self.length = at
-        return at
+        Nothing is copied but the window.
+        """
+        state = cls(layout)
+        if cut is None:
+            return state
+        for block in blocks[: cut.position // GRAIN]:
+            state._append(block)
+        if cut.partial is not None:
+            state._append(cut.partial)
+        for layer, parts in zip(state.layers, cut.layers, strict=True):
+            layer.put_back(parts)
+        state.length = cut.position
+        return state
 
-    def _thin(self) -> None:
-        """Keep the newest 16 snapshots, then ever fewer: every 2nd, 4th, ... further back."""
-        for p in list(self._snapshots):
-            age = (self.length - p) // GRAIN
-            stride = 1 << max(0, (age // 16).bit_length())
-            if (p // GRAIN) % stride:
-                del self._snapshots[p]
+    def block_data(self) -> list[Tensor]:
+        return self._data
+
+    def _append(self, block: Block) -> None:
+        count = len(self.blocks)
+        if count == len(self.addresses):
+            # not in place: a pass may be reading the old one
+            self.addresses = torch.cat((self.addresses, torch.empty_like(self.addresses)))
+        self.addresses[count] = block.data.data_ptr()
+        self.blocks.append(block)
+        self._data.append(block.data)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for the rows of so many more tokens, in blocks that this timeline may write."""
+        inside = self.length % GRAIN
+        if inside:
+            last = self.blocks[-1]
+            if last.claimed != inside:  # another timeline has gone on in it
+                last = self.blocks[-1] = last.copy(inside)
+                self._data[-1] = last.data
+                self.addresses = self.addresses.clone()
+                self.addresses[len(self.blocks) - 1] = last.data.data_ptr()
+        end = self.length + tokens
+        while len(self.blocks) * GRAIN < end:
+            self._append(Block(self.layout.bytes))
+        for i in range(self.length // GRAIN, len(self.blocks)):
+            self.blocks[i].claimed = min(GRAIN, end - i * GRAIN)
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+    def cut(self, position: int) -> Cut:
+        """The state as it was at ``position``, which the last pass went over or which is now."""
+        partial = self.blocks[position // GRAIN] if position % GRAIN else None
+        return Cut(position, [layer.cut(position) for layer in self.layers], partial)
+
+    def settle(self) -> None:
+        """Free what only cuts of the last pass need."""
+        for layer in self.layers:
+            layer.settle()
 
     def fork(self) -> KVState:
-        """An independent copy; snapshots are shared (they are never changed)."""
-        other = KVState.__new__(KVState)
-        other._ratios, other._width, other.length = self._ratios, self._width, self.length
-        other.layers = [layer.copy() for layer in self.layers]
-        other._snapshots = dict(self._snapshots)
+        """Another timeline at the same point; no row is copied. Only after ``settle``."""
+        other = KVState(self.layout)
+        other.length, other.blocks, other._data = self.length, list(self.blocks), list(self._data)
+        other.addresses = self.addresses.clone()
+        for mine, theirs in zip(other.layers, self.layers, strict=True):
+            mine.adopt(theirs)
         return other
 
     def bytes(self) -> int:
-        """Memory held, snapshots included."""
-        kept = sum(
-            t.nbytes
-            for snap in self._snapshots.values()
-            for parts in snap
-            for t in parts.values()
-            if t is not None
-        )
-        return kept + sum(layer.bytes() for layer in self.layers)
+        """Memory held: whole blocks (also those that are shared) and the rest."""
+        return len(self.blocks) * self.layout.bytes + sum(layer.bytes() for layer in self.layers)
+
+    def check(self) -> None:
+        """DSV4Error when the parts contradict each other: blocks for every token, addresses that
+        are theirs, windows and raw rows of the right lengths."""
+        have = len(self.blocks), [b.data.data_ptr() for b in self.blocks]
+        count = -(-self.length // GRAIN)
+        wanted = count, self.addresses[:count].tolist()
+        if have != wanted:
+            raise DSV4Error("attention state: blocks", expected=wanted, got=have)
+        for layer, ratio in zip(self.layers, self.layout.ratios, strict=True):
+            rows = 0 if layer._window is None else layer._window.shape[1]
+            if rows != min(self.length, self.layout.window - 1):
+                raise DSV4Error("attention state: window", expected=self.length, got=rows)
+            for raw in layer._raw.values():
+                if raw.shape[1] != self.length % ratio + layer._before:
+                    raise DSV4Error("attention state: raw rows", expected=ratio, got=raw.shape)

@@ -1,20 +1,84 @@
-"""Session: one timeline of tokens. What can be reused is decided inside."""
+"""Passes over timelines, and Session: one timeline of tokens. What can be reused is decided inside.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ContextLengthError, RequestError
-from ..model import Numerics, Transformer
+from ..model import Continued, Numerics, Transformer
 from . import memory
-from .kvstate import GRAIN, KVState
+from .kvstate import GRAIN, Block, Cut, KVState, Layout
 from .threads import suitable_threads
 
-PREFILL_CHUNK = 512  # tokens in one pass; a multiple of 128, so that snapshots fall on its end
+PREFILL_CHUNK = 512  # tokens in one pass
 RELEASE_EVERY = 16  # tokens; single tokens, too, scatter their working memory over ever more pages
+
+
+class Part(NamedTuple):
+    """A timeline's share of a pass: its new tokens, and of how many of the last logits are wanted
+    (None: of all)."""
+
+    state: KVState
+    ids: Sequence[int]
+    wanted: int | None
+
+
+class Runner:
+    """A network with its numerics, as timelines run on it.
+
+    ``block_bytes``: of the rows of 128 tokens; ``overhead_bytes``: what a timeline takes beside its
+    blocks at most.
+    """
+
+    def __init__(self, net: Transformer, nx: Numerics) -> None:
+        memory.reuse()
+        self.config = net.config
+        self.layout = layout = Layout(net.config, nx)
+        self.block_bytes = layout.bytes
+        self.overhead_bytes = layout.most_beside_rows()
+        self._net, self._nx = net, nx
+        self._size, self._unreleased = net.config.parameter_counts().active, 0
+
+    def resume(self, blocks: Sequence[Block], cut: Cut | None) -> KVState:
+        """A timeline that goes on from ``cut`` (None: an empty one); see ``KVState.resume``."""
+        return KVState.resume(self.layout, blocks, cut)
+
+    @torch.inference_mode()
+    def run(self, parts: Sequence[Part]) -> list[Tensor]:
+        """One pass; the wanted logits of each part, float32 ``[n, vocab]``.
+
+        Every timeline is at least one token longer then, and can be cut at its new positions until
+        it is told to ``settle``. A part's logits do not depend on the other parts: bit for bit
+        with the native kernels, to rounding with torch's.
+        """
+        for part in parts:
+            part.state.reserve(len(part.ids))
+        run = self._net.resume(
+            self._nx, [Continued(p.ids, p.state.length, p.state.layers) for p in parts]
+        )
+        with suitable_threads(self._size, run.ids.shape[1]):
+            streams, at, some = self._net.trunk(run)[0], 0, []
+            for part in parts:
+                part.state.advance(len(part.ids))
+                n, end = len(part.ids), at + len(part.ids)
+                some.append(streams[end - (n if part.wanted is None else part.wanted) : end])
+                at = end
+            counts = [len(s) for s in some]
+            wanted = torch.cat(some) if len(some) > 1 else some[0]
+            logits = torch.empty(0, self.config.vocab_size)
+            if len(wanted):
+                logits = self._net.logits(wanted, run)
+        self._unreleased += at
+        if self._unreleased >= RELEASE_EVERY:
+            del streams, some, wanted
+            memory.release()
+            self._unreleased = 0
+        return list(logits.split(counts))
 
 
 class Session:
@@ -27,11 +91,10 @@ class Session:
     """
 
     def __init__(self, net: Transformer, nx: Numerics) -> None:
-        self._net, self._nx = net, nx
-        memory.reuse()
-        self._size = net.config.parameter_counts().active
-        self._state = KVState(net.config)
+        self._runner = Runner(net, nx)
+        self._state = KVState(self._runner.layout)
         self._tokens: list[int] = []
+        self._cuts: dict[int, Cut] = {}  # at multiples of 128
 
     @property
     def tokens(self) -> list[int]:
@@ -42,8 +105,9 @@ class Session:
         return len(self._tokens)
 
     def bytes(self) -> int:
-        """Memory of the attention state, in bytes."""
-        return self._state.bytes()
+        """Memory of the attention state, in bytes: what it is now, and what makes rewinding cheap.
+        Blocks that forks share count for each."""
+        return self._state.bytes() + sum(cut.bytes for cut in self._cuts.values())
 
     def extend(self, ids: Sequence[int], last: bool = False) -> Tensor:
         """Append tokens; return float32 logits ``[n, vocab]``, or ``[1, vocab]`` with ``last``.
@@ -52,35 +116,40 @@ class Session:
         ContextLengthError when the context is full; the session is then unchanged.
         """
         ids = [int(i) for i in ids]
-        check_ids(ids, self._net.config.vocab_size)
-        limit = self._net.config.max_position_embeddings
+        check_ids(ids, self._runner.config.vocab_size)
+        limit = self._runner.config.max_position_embeddings
         if len(self._tokens) + len(ids) > limit:
             raise ContextLengthError(
                 "the context is full", expected=f"at most {limit} tokens",
                 got=len(self._tokens) + len(ids), hint="shorten the prompt",
             )
-        out = self._feed(ids, last)
+        out = self._feed(ids, 1 if last else None)
         self._tokens += ids
         return out
 
     @torch.inference_mode()
-    def _feed(self, ids: list[int], last: bool, logits: bool = True) -> Tensor:
+    def _feed(self, ids: list[int], wanted: int | None) -> Tensor:
+        """Logits of the last ``wanted`` (0 or 1) tokens, or of all."""
         state, out, done = self._state, [], 0
         while done < len(ids):
-            # passes end on multiples of 128, where a snapshot is small
             n = min(len(ids) - done, PREFILL_CHUNK - state.length % GRAIN)
-            chunk = torch.tensor([ids[done : done + n]])
-            run = self._net.start(chunk, self._nx, state.length, list(state.layers))
-            with suitable_threads(self._size, n):
-                streams = self._net.trunk(run)[0]
-                state.length += n
-                done += n
-                state.snapshot()
-                if logits and (done == len(ids) or not last):
-                    out.append(self._net.logits(streams[-1:] if last else streams, run))
-        if len(ids) >= GRAIN or state.length % RELEASE_EVERY == 0:
-            memory.release()
-        return torch.cat(out) if out else torch.empty(0, self._net.config.vocab_size)
+            now = wanted if wanted is None or done + n == len(ids) else 0
+            out += self._runner.run([Part(state, ids[done : done + n], now)])
+            done += n
+            first = (state.length - n) // GRAIN + 1
+            for at in range(first * GRAIN, state.length + 1, GRAIN):
+                self._cuts[at] = state.cut(at)
+            state.settle()
+            self._thin()
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def _thin(self) -> None:
+        """Keep the newest 16 cuts, then ever fewer: every 2nd, 4th, ... further back."""
+        for at in list(self._cuts):
+            age = (self._state.length - at) // GRAIN
+            stride = 1 << (age // 16).bit_length()
+            if at // GRAIN % stride:
+                del self._cuts[at]
 
     def rewind(self, n_tokens_to_keep: int) -> None:
         """Forget all but the first ``n`` tokens; at most 127 near the tail are computed again."""
@@ -90,16 +159,20 @@ class Session:
             )
         if n_tokens_to_keep == len(self._tokens):
             return
-        at = self._state.restore(n_tokens_to_keep)
+        at = max((p for p in self._cuts if p <= n_tokens_to_keep), default=0)
+        self._cuts = {p: cut for p, cut in self._cuts.items() if p <= at}
+        self._state = KVState.resume(self._runner.layout, self._state.blocks, self._cuts.get(at))
         self._tokens = self._tokens[:n_tokens_to_keep]
         if at < n_tokens_to_keep:
-            self._feed(self._tokens[at:], last=True, logits=False)
+            self._feed(self._tokens[at:], 0)
 
     def fork(self) -> Session:
-        """Another session at the same point; the two do not affect each other."""
+        """Another session at the same point; the two do not affect each other. Nothing is copied
+        until one of them goes on, and then one block of 128 tokens."""
         other = Session.__new__(Session)
-        other._net, other._nx, other._size = self._net, self._nx, self._size
-        other._state, other._tokens = self._state.fork(), list(self._tokens)
+        other._runner, other._state = self._runner, self._state.fork()
+        other._tokens = list(self._tokens)
+        other._cuts = dict(self._cuts)
         return other
 
 

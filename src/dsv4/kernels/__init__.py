@@ -38,6 +38,7 @@ from .reference import (
     sinkhorn,
     swiglu,
 )
+from .rows import PagedRows, RowFormat, Rows
 
 
 def _choose() -> str | None:
@@ -74,6 +75,9 @@ NATIVE = _choose()
 __all__ = [
     "NATIVE",
     "Mix",
+    "PagedRows",
+    "RowFormat",
+    "Rows",
     "Stored",
     "attention",
     "compress",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from array import array
 
 import torch
 from torch import Tensor
@@ -20,7 +21,14 @@ from ..errors import ConfigError
 from ..quant import E4M3, E8M0
 from . import _native, reference
 from .reference import Matrices, Stored
+from .rows import PagedRows, Rows
 
+if not hasattr(_native, "ROWS_IN_PIECES"):
+    raise ConfigError(
+        "the native kernels were built from older sources than this checkout's",
+        hint="make setup (or build them as CONTRIBUTING.md says); DSV4_KERNELS=reference goes on "
+        "without them",
+    )
 FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.float32: 3}
 KERNELS = (
     "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
@@ -399,7 +407,7 @@ def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:
 def attention(
     q: Tensor,
     window: Tensor,
-    rows: Tensor | None,
+    rows: Rows | None,
     chosen: Tensor | None,
     sink: Tensor,
     *,
@@ -411,10 +419,11 @@ def attention(
 ) -> Tensor:
     """See ``reference.attention``."""
     batch, queries, heads, dim = q.shape
-    tables = (q, window) if rows is None else (q, window, rows)
     there = rows is None or (start + queries) // ratio <= rows.shape[1]
-    alike = {t.dtype for t in tables} == {dtype}
-    if dim % 32 or not there or not alike or not _plain(*tables, sink):
+    fit = rows is None or _fits(rows, dtype)
+    if dim % 32 or not there or not fit or {q.dtype, window.dtype} != {dtype} or not _plain(
+        q, window, sink
+    ):
         return reference.attention(
             q, window, rows, chosen, sink, start=start, ratio=ratio, width=width, scale=scale,
             dtype=dtype,
@@ -423,34 +432,62 @@ def attention(
     out = torch.empty_like(q)
     for b in range(batch):
         near = window[b].contiguous()
-        far = None if rows is None else rows[b].contiguous()
+        pieces, kept, kept_alive = _pieces(rows, b)
         picked = None if chosen is None else chosen[b].contiguous()
         _native.attention(
             q[b].data_ptr(), dtype == BF16, queries, heads, dim, near.data_ptr(),
-            near.shape[0] - queries, width, 0 if far is None else far.data_ptr(),
+            near.shape[0] - queries, width, pieces, kept,
             0 if picked is None else picked.data_ptr(), 0 if picked is None else picked.shape[1],
             sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        del kept_alive
     return out
 
 
+def _fits(rows: Rows, dtype: torch.dtype) -> bool:
+    """Whether the kernels read a table whose numbers they take as ``dtype``."""
+    if not isinstance(rows, PagedRows):
+        return rows.dtype == dtype and _plain(rows)
+    form = rows.format
+    if form.packed is None:
+        return form.dtype == dtype
+    block, most = (64, 256) if form.packed == "key" else (64, form.width)
+    return dtype == BF16 and (form.width - form.kept) % block == 0 and form.width <= most
+
+
+def _pieces(rows: Rows | None, b: int) -> tuple[tuple[int, int, int, int], int, object]:
+    """Where sequence b's rows are; the channels that packed ones keep in BF16 (0: not packed), and
+    what must live as long as these addresses are used."""
+    if rows is None or rows.shape[1] == 0:
+        return (0, 0, 1, 0), 0, None
+    if isinstance(rows, PagedRows):
+        where = rows.addresses.data_ptr(), rows.offset, rows.each, rows.format.bytes
+        return where, rows.format.kept, rows
+    table = rows[b].contiguous()
+    address = array("q", [table.data_ptr()])
+    where = address.buffer_info()[0], 0, 1 << 62, table.shape[1] * table.element_size()
+    return where, 0, (table, address)
+
+
 def index_topk(
-    q: Tensor, keys: Tensor, weights: Tensor, start: int, ratio: int, k: int
+    q: Tensor, keys: Rows, weights: Tensor, start: int, ratio: int, k: int
 ) -> Tensor:
     """See ``reference.index_topk``."""
     batch, queries, heads, dim = q.shape
     there = (start + queries) // ratio <= keys.shape[1]
-    alike = q.dtype == keys.dtype == weights.dtype
-    if dim % 32 or dim > 256 or not there or not alike or not _plain(q, keys, weights):
+    alike = q.dtype == weights.dtype and _fits(keys, q.dtype)
+    if dim % 32 or dim > 256 or not there or not alike or not _plain(q, weights):
         return reference.index_topk(q, keys, weights, start, ratio, k)
     q, weights = q.contiguous(), weights.contiguous()
     out = torch.empty(batch, queries, k, dtype=torch.int64)
     for b in range(batch):
-        table = keys[b].contiguous()
+        pieces, _, kept_alive = _pieces(keys, b)
+        packed = isinstance(keys, PagedRows) and keys.format.packed is not None
         _native.index_topk(
-            q[b].data_ptr(), q.dtype == BF16, queries, heads, dim, table.data_ptr(),
+            q[b].data_ptr(), q.dtype == BF16, queries, heads, dim, pieces, packed,
             weights[b].data_ptr(), start, ratio, k, out[b].data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        del kept_alive
     return out
 
 

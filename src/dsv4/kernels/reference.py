@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import quant
 from ..quant import FP8_BLOCK, dequantize, number, times_row, wide
+from .rows import Rows, dense
 
 QUERY_BLOCK = 128  # queries handled together in attention and index scores
 
@@ -336,11 +337,11 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def index_topk(
-    q: Tensor, keys: Tensor, weights: Tensor, start: int, ratio: int, k: int
+    q: Tensor, keys: Rows, weights: Tensor, start: int, ratio: int, k: int
 ) -> Tensor:
     """The ``k`` best rows for each query, ascending: int64 ``[B, T, k]``, -1 where fewer are
     visible. Of equal scores the earlier row wins, so the choice does not depend on ``S``."""
-    picked = []
+    keys, picked = dense(keys), []
     for a in range(0, q.shape[1], QUERY_BLOCK):
         block = slice(a, a + QUERY_BLOCK)
         scores = index_scores(q[:, block], keys, weights[:, block])
@@ -453,7 +454,7 @@ def _row_attention(
 def attention(
     q: Tensor,
     window: Tensor,
-    rows: Tensor | None,
+    rows: Rows | None,
     chosen: Tensor | None,
     sink: Tensor,
     *,
@@ -471,6 +472,7 @@ def attention(
     [B, T, k]`` is given, the ones listed (-1: none). Keys are the values. One softmax over both,
     with ``sink [H]`` (one logit per head) in the denominator only. Returns ``[B, T, H, D]``.
     """
+    rows = None if rows is None else dense(rows)
     blocks = _query_blocks(q, window, rows, chosen, start, ratio, width)
     if q.requires_grad:
         trained: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]

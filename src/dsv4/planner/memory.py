@@ -72,73 +72,58 @@ def tail_bytes(config: V4Config) -> int:
 # ---------------------------------------------------------------- what the engine holds
 
 
-class _Table:
-    """The sizes of a growing table: room for half as many rows again whenever it is full."""
-
-    def __init__(self, row_bytes: int, used: int = 0) -> None:
-        self.row_bytes, self.used, self.room = row_bytes, 0, 0
-        self.append(used)
-
-    def append(self, rows: int) -> None:
-        self.used += rows
-        if self.used > self.room or not self.room:
-            self.room = max(64, self.used + self.used // 2)
+def block_bytes(config: V4Config, numerics: str = "official") -> int:
+    """The compressed rows of 128 tokens, as the engine stores them: in the published formats, or
+    in 4 bytes a number with float32 numerics."""
+    if numerics == "official":
+        entry, key = entry_bytes(config), index_key_bytes(config)
+    else:
+        entry, key = 4 * config.head_dim, 4 * config.index_head_dim
+    layers = config.compress_ratios[: config.num_hidden_layers]
+    return sum(GRAIN // r * (entry + (key if r == 4 else 0)) for r in layers if r)
 
 
-class _Layer:
-    """One layer's tables. Raw rows are pooled ``ratio`` at a time; a CSA layer keeps the last
-    pooled block, because the next one overlaps it."""
-
-    def __init__(self, c: V4Config, ratio: int, item: int) -> None:
-        self.ratio, self.keep = ratio, ratio if ratio == 4 else 0
-        widths = [] if not ratio else [c.head_dim, c.index_head_dim][: 1 + (ratio == 4)]
-        self.rows = [_Table(width * item) for width in widths]
-        raw = [width * 2 * 4 * (2 if ratio == 4 else 1) for width in widths]
-        self.raw = [_Table(row_bytes, self.keep) for row_bytes in raw]
-
-    def append(self, tokens: int) -> None:
-        for i, (raw, rows) in enumerate(zip(self.raw, self.rows, strict=True)):
-            raw.append(tokens)
-            pooled = (raw.used - self.keep) // self.ratio
-            rows.append(pooled)
-            if pooled:
-                self.raw[i] = _Table(raw.row_bytes, raw.used - pooled * self.ratio)
-
-    def tail(self) -> int:
-        return sum(raw.used * raw.row_bytes for raw in self.raw)
-
-    def held(self) -> int:
-        return sum(table.room * table.row_bytes for table in (*self.raw, *self.rows))
+def _raw_bytes(config: V4Config, tokens: int) -> int:
+    """Raw compressor rows that wait after so many tokens (float32 values and gates). A CSA layer
+    and its indexer keep the last pooled block too, because the next one overlaps it."""
+    total = 0
+    for ratio in config.compress_ratios[: config.num_hidden_layers]:
+        if ratio == 4:
+            total += (ratio + tokens % ratio) * 2 * (config.head_dim + config.index_head_dim)
+        elif ratio:
+            total += tokens % ratio * config.head_dim
+    return total * 2 * 4
 
 
 def session_bytes(config: V4Config, passes: Iterable[int], numerics: str = "official") -> int:
     """What a session of this package's engine holds after passes of so many tokens each.
 
-    Equals ``Session.bytes()``: entries in the numerics' activation type (BF16 for official, 4
-    bytes for float32) and not in the packed formats, raw rows in float32, tables with room to
-    grow, and the snapshots that make rewinding cheap. ``extend_passes`` gives the passes of one
-    ``extend``. Raises ConfigError for other numerics.
+    Equals ``Session.bytes()``: blocks of rows, the window in the numerics' activation type (BF16
+    for official, 4 bytes for float32), raw rows in float32, and the cuts that make rewinding cheap,
+    in which the window is stored as rows are. ``extend_passes`` gives the passes of one ``extend``.
+    Raises ConfigError for other numerics.
     """
     if numerics not in ITEM_BYTES:
         raise ConfigError("no such numerics", expected=" or ".join(ITEM_BYTES), got=numerics)
-    item = ITEM_BYTES[numerics]
-    layers = [_Layer(config, r, item) for r in config.compress_ratios[: config.num_hidden_layers]]
-    length, snapshots = 0, dict[int, int]()
+    item, width = ITEM_BYTES[numerics], config.head_dim
+    stored = entry_bytes(config) if numerics == "official" else item * width
+    length, cuts = 0, dict[int, int]()
 
-    def window() -> int:
-        return len(layers) * min(length, config.sliding_window - 1) * config.head_dim * item
+    def windows(tokens: int, row: int) -> int:
+        return config.num_hidden_layers * min(tokens, config.sliding_window - 1) * row
 
     for tokens in passes:
-        length += tokens
-        for layer in layers:
-            layer.append(tokens)
-        if length % GRAIN == 0:
-            snapshots[length] = window() + sum(layer.tail() for layer in layers)
-            for at in list(snapshots):
-                stride = 1 << ((length - at) // GRAIN // 16).bit_length()
-                if at // GRAIN % stride:
-                    del snapshots[at]
-    return window() + sum(layer.held() for layer in layers) + sum(snapshots.values())
+        first, length = length // GRAIN + 1, length + tokens
+        for at in range(first * GRAIN, length + 1, GRAIN):
+            cuts[at] = windows(at, stored) + _raw_bytes(config, at)
+        for at in list(cuts):
+            stride = 1 << ((length - at) // GRAIN // 16).bit_length()
+            if at // GRAIN % stride:
+                del cuts[at]
+    if not length:
+        return 0
+    blocks = -(-length // GRAIN) * block_bytes(config, numerics)
+    return blocks + windows(length, item * width) + _raw_bytes(config, length) + sum(cuts.values())
 
 
 def extend_passes(length: int, tokens: int, chunk: int = 512) -> Iterator[int]:

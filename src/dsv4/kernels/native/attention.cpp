@@ -3,8 +3,11 @@
 // A query's keys are listed first: the window's, then the compressed rows, both in the order of
 // positions. Everything after that depends on the list only, so it does not matter in which pass
 // the query is.
+#include <algorithm>
+
 #include "functions.h"
 #include "kernels.h"
+#include "weights.h"
 
 namespace DSV4_ISA {
 namespace {
@@ -133,27 +136,81 @@ inline void weigh(int heads, const float* weights, int64_t room, const char* con
   }
 }
 
+// ---------------------------------------------------------------- packed rows
+
+// Adds the scale 2^(byte - 127) to values that are not zero.
+inline u16x32 with_scale(u16x32 values, int byte) {
+  const uint16_t shift = (uint16_t)((clamp(byte, 2, 252) - 127) * 128);
+  return (u16x32)scaled((u32x16)values, shift - u16x32{});
+}
+
+// An entry of `width` channels as bfloat16; see Attention for `kept`.
+inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t* to) {
+  const int64_t plain = width - kept;
+  const char* scales = from + plain + 2 * kept;
+  for (int64_t i = 0; i < plain; i += 32) {
+    u16x32 code = __builtin_convertvector(load<u8x32>(from + i), u16x32);
+    store(to + i, with_scale(Fp8Row::words(code), (uint8_t)scales[i / 64]));
+  }
+  std::memcpy(to + plain, from + plain, 2 * kept);
+}
+
+// An indexer key of `width` channels (a multiple of 64) as bfloat16.
+inline void unpack_key(const char* from, int64_t width, uint16_t* to) {
+  for (int64_t i = 0; i < width; i += 64) {
+    u8x32 pairs = load<u8x32>(from + i / 2), low = pairs & 15, high = pairs >> 4;
+    u8x32 first = __builtin_shufflevector(low, high, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38,
+                                          7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14,
+                                          46, 15, 47);
+    u8x32 second = __builtin_shufflevector(low, high, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+                                           22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60,
+                                           29, 61, 30, 62, 31, 63);
+    const uint8_t* scale = reinterpret_cast<const uint8_t*>(from) + width / 2 + i / 32;
+    auto values = [](u8x32 code) {
+      return (u16x32)Fp4Row::values(__builtin_convertvector(code, u16x32));
+    };
+    store(to + i, with_scale(values(first), scale[0]));
+    store(to + i + 32, with_scale(values(second), scale[1]));
+  }
+}
+
 // ---------------------------------------------------------------- attention
 
-// The keys of a query; returns how many.
-inline int64_t list_keys(const Attention& job, int64_t query, const char** keys) {
+// The keys of a query; returns how many. Packed ones are unpacked to `room`.
+inline int64_t list_keys(const Attention& job, int64_t query, const char** keys, uint16_t* room) {
   const int64_t bytes = job.width_of_head * (job.is_bf16 ? 2 : 4);
   const int64_t own = job.earlier + query, first = own - job.width + 1;
   int64_t n = 0;
   for (int64_t i = first > 0 ? first : 0; i <= own; i++) {
     keys[n++] = static_cast<const char*>(job.window) + i * bytes;
   }
-  if (job.rows == nullptr) return n;
-  const char* rows = static_cast<const char*>(job.rows);
+  if (job.rows.pieces == nullptr) return n;
+  const int64_t near = n;
   if (job.chosen == nullptr) {
     const int64_t seen = (job.start + query + 1) / job.ratio;
-    for (int64_t i = 0; i < seen; i++) keys[n++] = rows + i * bytes;
+    for (int64_t i = 0; i < seen; i++) keys[n++] = job.rows.row(i);
   } else {
     const int64_t* chosen = job.chosen + query * job.k;
     for (int64_t i = 0; i < job.k; i++) {
-      if (chosen[i] >= 0) keys[n++] = rows + chosen[i] * bytes;
+      if (chosen[i] >= 0) keys[n++] = job.rows.row(chosen[i]);
     }
   }
+  if (job.kept == 0) return n;
+  for (int64_t i = near; i < n; i++) {
+    unpack_entry(keys[i], job.width_of_head, job.kept, room);
+    keys[i] = reinterpret_cast<const char*>(room);
+    room += job.width_of_head;
+  }
+  return n;
+}
+
+// How many keys a query has.
+inline int64_t count_keys(const Attention& job, int64_t query) {
+  const int64_t own = job.earlier + query;
+  int64_t n = own + 1 < job.width ? own + 1 : job.width;
+  if (job.rows.pieces == nullptr) return n;
+  if (job.chosen == nullptr) return n + (job.start + query + 1) / job.ratio;
+  for (int64_t i = 0; i < job.k; i++) n += job.chosen[query * job.k + i] >= 0;
   return n;
 }
 
@@ -162,7 +219,8 @@ inline void attend_as(const Attention& job, int64_t query, int64_t head, int64_t
                       uint8_t* space) {
   const int64_t width = job.width_of_head, bytes = width * (BF16 ? 2 : 4);
   const char** keys = reinterpret_cast<const char**>(space);
-  const int64_t count = list_keys(job, query, keys), room = (count + 15) / 16 * 16;
+  const int64_t count = count_keys(job, query), room = (count + 15) / 16 * 16;
+  list_keys(job, query, keys, reinterpret_cast<uint16_t*>(space + room * (8 + 4 * dsv4::HEADS)));
   for (int64_t i = count; i < room; i++) keys[i] = keys[count - 1];  // their weights are zero
   float* scores = reinterpret_cast<float*>(space + room * sizeof(char*));
   float totals[dsv4::HEADS];
@@ -239,14 +297,24 @@ inline void transpose(u32x16* v) {
 }
 
 // columns[word][group] of the keys begin, begin + 1, ...; from `end` on, the last one again.
-inline void turn(const char* keys, int64_t bytes, int64_t begin, int64_t end, u32x16* columns) {
+inline void turn(const IndexTopk& job, int64_t bytes, int64_t begin, int64_t end,
+                 u32x16* columns) {
+  alignas(64) uint16_t unpacked[16][dsv4::MAX_INDEX_WIDTH];
   for (int group = 0; group < SIXTEENS; group++) {
+    const int64_t first = std::min(begin + 16 * group, end - 1);
+    const bool one_piece = job.keys.each % 16 == 0 && first % 16 == 0;
+    const char* start = job.keys.row(first);
+    const char* keys[16];
+    for (int i = 0; i < 16; i++) {
+      const int64_t key = std::min(first + i, end - 1);
+      keys[i] = one_piece ? start + (key - first) * job.keys.bytes : job.keys.row(key);
+      if (!job.packed) continue;
+      unpack_key(keys[i], job.width, unpacked[i]);
+      keys[i] = reinterpret_cast<const char*>(unpacked[i]);
+    }
     for (int64_t at = 0; at < bytes; at += 64) {
       u32x16 v[16];
-      for (int i = 0; i < 16; i++) {
-        const int64_t key = begin + 16 * group + i;
-        v[i] = load<u32x16>(keys + (key < end ? key : end - 1) * bytes + at);
-      }
+      for (int i = 0; i < 16; i++) v[i] = load<u32x16>(keys[i] + at);
       transpose(v);
       for (int i = 0; i < 16; i++) columns[(at / 4 + i) * SIXTEENS + group] = v[i];
     }
@@ -282,7 +350,7 @@ inline void score_as(const IndexTopk& job, int64_t query, int64_t begin, int64_t
   const char* q = static_cast<const char*>(job.q) + query * heads * bytes;
   u32x16 columns[dsv4::MAX_INDEX_WIDTH * SIXTEENS];
   for (int64_t i = begin; i < end; i += 16 * SIXTEENS) {
-    turn(static_cast<const char*>(job.keys), bytes, i, end, columns);
+    turn(job, bytes, i, end, columns);
     f32x16 totals[SIXTEENS] = {};
     for (int64_t h = 0; h < heads; h += 4) {
       f32x16 acc[4][SIXTEENS];

@@ -139,9 +139,21 @@ struct Pool {  // a row is a block; the first one starts at kv and gate
 
 constexpr int64_t HEADS = 8;  // of one query at once
 
+// Rows of `bytes` bytes, `each` of which lie one after the other from `offset` of a piece on.
+struct Table {
+  const char* const* pieces;  // null: no rows
+  int64_t offset, each, bytes;
+
+  const char* row(int64_t i) const { return pieces[i / each] + offset + i % each * bytes; }
+};
+
 // `earlier` entries of the window are older than the first query. chosen [queries, k] or null.
+// Rows are numbers like the others or, with `kept`, packed: FP8, but for so many channels at the
+// end that are bfloat16, and then an E8M0 scale for every 64 FP8 channels.
 struct Attention {
-  const void *q, *window, *rows;
+  const void *q, *window;
+  Table rows;
+  int64_t kept;
   const int64_t* chosen;
   const float* sink;
   void* out;
@@ -154,14 +166,19 @@ struct Attention {
 using Attend = void(const Attention& job, int64_t query, int64_t head, int64_t heads,
                     uint8_t* space);
 
-inline int64_t attention_space(int64_t keys) { return (keys + 16) * (8 + 4 * HEADS); }
+// For packed rows it has room for all of them unpacked.
+inline int64_t attention_space(int64_t keys, int64_t unpacked_bytes) {
+  return (keys + 16) * (8 + 4 * HEADS + unpacked_bytes);
+}
 
 constexpr int64_t MAX_INDEX_WIDTH = 256;  // of a key
 
+// Keys are numbers like the others or packed: FP4 pairs and then an E8M0 scale for every 32.
 struct IndexTopk {
-  const void *q, *keys, *weights;
+  const void *q, *weights;
+  Table keys;
   int64_t heads, width;
-  bool is_bf16;
+  bool is_bf16, packed;
 };
 
 // out[i] = the score of key i for a query, for i = begin .. end - 1.

@@ -182,15 +182,25 @@ void swiglu(uintptr_t gate, uintptr_t up, bool is_bf16, int64_t rows, int64_t wi
   parallel(rows * width < 1 << 15 ? 1 : threads, rows, some);
 }
 
+// Addresses of pieces (0: no rows), then offset, each and bytes of Table.
+using Pieces = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+Table table_of(const Pieces& p) {
+  auto [pieces, offset, each, bytes] = p;
+  return {at<const char*>(pieces), offset, each, bytes};
+}
+
 void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width_of_head,
-               uintptr_t window, int64_t earlier, int64_t width, uintptr_t rows, uintptr_t chosen,
-               int64_t k, uintptr_t sink, int64_t start, int64_t ratio, float scale, uintptr_t out,
-               int threads) {
-  Attention job{at<void>(q),   at<void>(window), at<void>(rows), at<int64_t>(chosen), at<float>(sink),
-                at<void>(out), heads,            width_of_head,  earlier,             width,
-                start,         ratio,            k,              scale,               is_bf16};
-  const int64_t seen = !rows ? 0 : chosen ? k : (start + queries) / ratio;
-  const int64_t parts = (heads + HEADS - 1) / HEADS, space = attention_space(width + seen);
+               uintptr_t window, int64_t earlier, int64_t width, Pieces rows, int64_t kept,
+               uintptr_t chosen, int64_t k, uintptr_t sink, int64_t start, int64_t ratio,
+               float scale, uintptr_t out, int threads) {
+  Attention job{at<void>(q),   at<void>(window), table_of(rows), kept,  at<int64_t>(chosen),
+                at<float>(sink), at<void>(out),  heads,          width_of_head, earlier,
+                width,         start,            ratio,          k,     scale,
+                is_bf16};
+  const int64_t seen = !job.rows.pieces ? 0 : chosen ? k : (start + queries) / ratio;
+  const int64_t parts = (heads + HEADS - 1) / HEADS;
+  const int64_t space = attention_space(width + seen, kept ? 2 * width_of_head : 0);
   const Isa* isa = current();
   auto one = [&](int64_t task) {
     static thread_local Array<uint8_t> kept;
@@ -203,10 +213,10 @@ void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_
 }
 
 void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width,
-                uintptr_t keys, uintptr_t weights, int64_t start, int64_t ratio, int64_t k,
+                Pieces keys, bool packed, uintptr_t weights, int64_t start, int64_t ratio, int64_t k,
                 uintptr_t out, int threads) {
   constexpr int64_t PART = 1024, ROOM = 1 << 22;  // keys of a task; scores kept at once
-  IndexTopk job{at<void>(q), at<void>(keys), at<void>(weights), heads, width, is_bf16};
+  IndexTopk job{at<void>(q), at<void>(weights), table_of(keys), heads, width, is_bf16, packed};
   const Isa* isa = current();
   auto seen = [&](int64_t query) { return (start + query + 1) / ratio; };
   const int64_t most = seen(queries - 1), parts = (most + PART - 1) / PART;
@@ -275,6 +285,7 @@ NB_MODULE(_native, m) {
   m.def("pool", pool, release);
   m.def("route", route, release);
   m.def("swiglu", swiglu, release);
+  m.attr("ROWS_IN_PIECES") = true;  // what native.py was written for
   m.def("attention", attention, release);
   m.def("index_topk", index_topk, release);
   nb::class_<Experts>(m, "Experts")

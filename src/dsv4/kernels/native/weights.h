@@ -225,7 +225,8 @@ struct Fp8Row {
       acc[m] = fma(part, scale, acc[m]);
     }
   }
-#else
+#endif
+
   static u16x32 words(u16x32 code) {
     u16x32 m = code & 7, normal = ((code & 0x7F) << 4) + (120 << 7);
     u16x32 small = ((u16x32)(m >= 4) & ((m << 5) + (119 << 7))) |
@@ -234,7 +235,6 @@ struct Fp8Row {
     u16x32 is_small = (u16x32)((code & 0x78) == 0);
     return (is_small & small) | (~is_small & normal) | (code & 0x80) << 8;
   }
-#endif
 };
 
 // ---------------------------------------------------------------- bfloat16
