@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from dsv4.api import Model
 from dsv4.config import V4Config
 from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS
+from dsv4.engine.session import Part
 from dsv4.model import FLOAT32, Transformer
 from dsv4.tokenizer import Tokenizer
 
@@ -45,6 +46,69 @@ def tiny_model(tokenizer: Tokenizer) -> Model:
     return Model(net, FLOAT32, "v4-tiny", tokenizer)
 
 
+class TokenRunner:
+    """Runs timelines that are nothing but their tokens; ``logits`` says what follows them.
+
+    It keeps to the promises of the real one: what was computed before is only known through the
+    blocks and the cut with which a timeline goes on.
+    """
+
+    block_bytes, overhead_bytes = 1024, 512
+
+    def __init__(self, logits: Callable[[list[int]], torch.Tensor]) -> None:
+        self.logits = logits
+        self.before_pass: Callable[[Sequence[Part]], None] = lambda parts: None
+
+    def resume(self, blocks: Sequence[TokenBlock], cut: TokenCut | None) -> TokenTimeline:
+        timeline = TokenTimeline()
+        if cut is not None:
+            whole = [t for block in blocks[: cut.position // 128] for t in block.tokens]
+            timeline.tokens = [*whole, *cut.rest]
+            assert timeline.length == cut.position
+        return timeline
+
+    def run(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        for part in parts:
+            timeline: Any = part.state
+            timeline.tokens = [*timeline.tokens, *part.ids]  # even if the pass fails
+        self.before_pass(parts)
+        return [self.logits(p.state.tokens)[None][: p.wanted] for p in parts]  # type: ignore
+
+
+@dataclass
+class TokenBlock:
+    tokens: list[int]
+
+    def checksum(self) -> int:
+        return hash(tuple(self.tokens))
+
+
+@dataclass(eq=False)
+class TokenCut:
+    position: int
+    rest: list[int]
+    bytes: int = 4096
+
+
+@dataclass
+class TokenTimeline:
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def blocks(self) -> list[TokenBlock]:
+        return [TokenBlock(self.tokens[i : i + 128]) for i in range(0, self.length, 128)]
+
+    def cut(self, position: int) -> TokenCut:
+        return TokenCut(position, self.tokens[position // 128 * 128 : position])
+
+    def settle(self) -> None:
+        pass
+
+
 class ScriptedModel:
     """Says ``script`` after any prompt, or what ``script`` makes of the prompt's text.
 
@@ -60,36 +124,17 @@ class ScriptedModel:
         self.script: str | Callable[[str], str] = ""
         self.pause = 0.0
 
-    def session(self) -> Any:
-        return ScriptedSession(self)
+    def runner(self) -> TokenRunner:
+        return TokenRunner(self._logits)
 
-
-class ScriptedSession:
-    def __init__(self, model: ScriptedModel, tokens: list[int] | None = None) -> None:
-        self.model, self.tokens = model, tokens or []
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def bytes(self) -> int:
-        return 0
-
-    def extend(self, ids: list[int], last: bool = False) -> torch.Tensor:
-        self.tokens = self.tokens + ids
-        time.sleep(self.model.pause)
-        tokenizer, script = self.model.tokenizer, self.model.script
-        logits = torch.zeros(1, tokenizer.vocab_size)
-        start = tokenizer.special_id(ASSISTANT)
-        if start in self.tokens:
-            said = self.tokens[::-1].index(start) - 1  # after <think> or </think>
+    def _logits(self, tokens: list[int]) -> torch.Tensor:
+        time.sleep(self.pause)
+        logits = torch.zeros(self.tokenizer.vocab_size)
+        start, script = self.tokenizer.special_id(ASSISTANT), self.script
+        if start in tokens:
+            said = tokens[::-1].index(start) - 1  # after <think> or </think>
             if callable(script):
-                script = script(tokenizer.decode(self.tokens[: len(self.tokens) - said]))
-            answer = [*tokenizer.encode(script, allow_special=True), tokenizer.eos_id]
-            logits[0, answer[said] if 0 <= said < len(answer) else tokenizer.eos_id] = 30
+                script = script(self.tokenizer.decode(tokens[: len(tokens) - said]))
+            answer = [*self.tokenizer.encode(script, allow_special=True), self.tokenizer.eos_id]
+            logits[answer[said] if 0 <= said < len(answer) else self.tokenizer.eos_id] = 30
         return logits
-
-    def rewind(self, keep: int) -> None:
-        self.tokens = self.tokens[:keep]
-
-    def fork(self) -> ScriptedSession:
-        return ScriptedSession(self.model, list(self.tokens))

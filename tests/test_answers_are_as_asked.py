@@ -277,8 +277,10 @@ def test_a_gap_is_filled_between_the_official_tokens(tiny: Server, tokenizer: To
         tokenizer.special_id(FIM_END),
     ]  # fmt: skip
     assert answer["usage"]["prompt_tokens"] == len(expected)
-    pool = backend.engine._pool._sessions  # type: ignore[attr-defined]
-    assert pool[-1].tokens[: len(expected)] == expected
+    cache = backend.engine._cache  # type: ignore[attr-defined]
+    lease, _, _, reuse = cache.find(expected)
+    cache.release(lease)
+    assert reuse.hit == len(expected) - 1  # what was computed are these tokens
     text = answer["choices"][0]["text"]
     client = tiny.client.completions
     streamed = list(client.create(model="x", stream=True, **body))  # type: ignore[arg-type]

@@ -8,64 +8,58 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scripted_models import one_torch_thread, small_tokenizer, tiny_model  # noqa: F401
+from scripted_models import (
+    TokenRunner,
+    one_torch_thread,  # noqa: F401
+    small_tokenizer,
+    tiny_model,
+)
 
 import dsv4
 from dsv4.config import V4Config
 from dsv4.engine import Engine, EngineBusyError, EngineClosedError, Generation, SamplingParams
-from dsv4.engine.engine import common_prefix
-from dsv4.errors import ContextLengthError, RequestError
+from dsv4.engine.prefix import Reuse
+from dsv4.engine.session import Part
+from dsv4.errors import ConfigError, ContextLengthError, RequestError
 
 VOCAB = 64
 CONFIG = replace(V4Config.preset("nano"), vocab_size=VOCAB, eos_token_id=1)
 
 
-class HashSession:
-    """A timeline whose next-token logits are a pure function of the tokens before."""
-
-    def __init__(self, model: HashModel, tokens: list[int] | None = None) -> None:
-        self.model, self.tokens = model, tokens or []
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def bytes(self) -> int:
-        return 8 * len(self.tokens)
-
-    def extend(self, ids: list[int], last: bool = False) -> torch.Tensor:
-        self.model.fed.append(list(ids))
-        self.model.before_step(ids)
-        self.tokens = self.tokens + list(ids)
-        seed = hash(tuple(self.tokens)) & 0x7FFFFFFF
-        logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed))
-        logits[:, 1] = -2  # the end is rare
-        return logits
-
-    def rewind(self, keep: int) -> None:
-        self.model.rewinds.append(keep)
-        self.tokens = self.tokens[:keep]
-
-    def fork(self) -> HashSession:
-        return HashSession(self.model, list(self.tokens))
-
-
 class HashModel:
+    """What follows some tokens is a pure function of them; the rest is the engine's."""
+
     config = CONFIG
 
     def __init__(self) -> None:
-        self.fed: list[list[int]] = []
-        self.rewinds: list[int] = []
+        self.passes: list[list[list[int]]] = []
         self.before_step: Callable[[Sequence[int]], None] = lambda ids: None
 
-    def session(self) -> Any:
-        return HashSession(self)
+    @property
+    def fed(self) -> list[list[int]]:
+        return [ids for parts in self.passes for ids in parts]
+
+    def runner(self) -> TokenRunner:
+        def note(parts: Sequence[Part]) -> None:
+            self.passes.append([list(part.ids) for part in parts])
+            for part in parts:
+                self.before_step(part.ids)
+
+        runner = TokenRunner(self.logits)
+        runner.before_pass = note
+        return runner
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        seed = hash(tuple(tokens)) & 0x7FFFFFFF
+        logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+        logits[1] = -2  # the end is rare
+        return logits
 
 
 @pytest.fixture
@@ -75,7 +69,7 @@ def model() -> HashModel:
 
 @pytest.fixture
 def engine(model: HashModel) -> Iterator[Engine]:
-    with Engine(model, prefill_chunk=16, max_running=4) as engine:
+    with Engine(model, step_tokens=16, max_running=4) as engine:
         yield engine
 
 
@@ -100,7 +94,7 @@ def test_an_answer_is_the_same_alone_and_beside_others(model: HashModel) -> None
         with Engine(model) as engine:
             alone.append(engine.submit(prompt, params(seed=i)).result())
     for chunk, running in ((1, 8), (16, 3), (512, 8)):
-        with Engine(model, prefill_chunk=chunk, max_running=running) as engine:
+        with Engine(model, step_tokens=chunk, max_running=running) as engine:
             together = [engine.submit(p, params(seed=i)) for i, p in enumerate(prompts)]
             assert [g.result() for g in together] == alone
 
@@ -113,10 +107,11 @@ def test_requests_take_turns(engine: Engine, model: HashModel) -> None:
     long = engine.submit(list(range(2, 62)) * 3, params(3))
     started.set()
     short.result(), long.result()
-    chunks = [i for i, fed in enumerate(model.fed) if len(fed) > 2]
-    assert [len(model.fed[i]) for i in chunks] == [16] * 11 + [4]
-    between = [b - a for a, b in pairwise(chunks)]
-    assert set(between) <= {1, 2} and 2 in between
+    assert all(sum(map(len, parts)) <= 16 for parts in model.passes)
+    mixed = [parts for parts in model.passes if len(parts) == 2]
+    assert sorted(map(len, mixed[3])) == [1, 15]
+    chunks = [ids for ids in model.fed if len(ids) > 2]
+    assert sum(map(len, chunks)) >= 180 - 15 and len(chunks) >= 11
 
 
 def test_the_stop_token_ends_and_is_counted_but_not_given(engine: Engine) -> None:
@@ -179,13 +174,13 @@ def test_asyncio_and_threads_read_the_same(engine: Engine) -> None:
 def test_a_continued_conversation_feeds_only_what_is_new(engine: Engine, model: HashModel) -> None:
     first = engine.submit(list(range(2, 30)), params(10, stop_token_ids=()))
     answer = first.result()
-    model.fed.clear()
+    model.passes.clear()
     second = engine.submit([*range(2, 30), *answer, 40, 41], params(1, stop_token_ids=()))
     second.result()
     # the answer's last token was given but never fed
     assert second.usage.cached_tokens == 28 + 9
     assert model.fed == [[answer[-1], 40, 41]]
-    assert model.rewinds == []  # taken, not forked
+    assert second.usage.reuse == Reuse(hit=37, new=3)
 
 
 def test_the_same_prompt_again_feeds_one_token(engine: Engine, model: HashModel) -> None:
@@ -196,19 +191,21 @@ def test_the_same_prompt_again_feeds_one_token(engine: Engine, model: HashModel)
         again = engine.submit(prompt, params(12))
         assert again.result() == once.tokens
         assert again.usage.cached_tokens == len(prompt) - 1
-    wait_for(lambda: engine.stats().pooled == 1)  # equal timelines are kept once
 
 
-def test_a_shared_beginning_stays_with_both_conversations(engine: Engine) -> None:
-    system = list(range(2, 40))
+SYSTEM = [(7 * i) % 50 + 2 for i in range(300)]
+
+
+def test_a_shared_beginning_stays_with_all_conversations(engine: Engine) -> None:
     for user in (50, 51, 52):
-        generation = engine.submit([*system, user, 60], params(6))
+        generation = engine.submit([*SYSTEM, user, 60], params(6))
         generation.result()
-        assert generation.usage.cached_tokens == (0 if user == 50 else len(system))
+        assert generation.usage.cached_tokens == (0 if user == 50 else 256)
+        assert generation.usage.reuse.between == (0 if user == 50 else 44)
     for user in (50, 51, 52):
-        generation = engine.submit([*system, user, 60, 61], params(2))
+        generation = engine.submit([*SYSTEM, user, 60, 61], params(2))
         generation.result()
-        assert generation.usage.cached_tokens == len(system) + 2
+        assert generation.usage.cached_tokens == len(SYSTEM) + 1
 
 
 def test_a_running_request_lends_its_prompt(engine: Engine, model: HashModel) -> None:
@@ -217,36 +214,114 @@ def test_a_running_request_lends_its_prompt(engine: Engine, model: HashModel) ->
     next(iter(busy))
     second = engine.submit([*prompt, 50], params(2))
     second.result()
-    assert second.usage.cached_tokens == len(prompt)
+    assert second.usage.cached_tokens == len(prompt) - 1
     busy.cancel()
 
 
+def test_samples_of_one_prompt_compute_it_once(model: HashModel) -> None:
+    go = threading.Event()
+    model.before_step = lambda ids: go.wait(10) and None
+    with Engine(model, step_tokens=64) as engine:
+        group = [engine.submit(SYSTEM, params(3, seed=i, stop_token_ids=())) for i in range(5)]
+        go.set()
+        answers = [g.result() for g in group]
+    assert len({tuple(answer) for answer in answers}) > 1
+    prompts = sum(len(ids) for ids in model.fed) - 5 * 2
+    assert prompts <= len(SYSTEM) + 5 * 128  # while it goes on, whole blocks are shared
+    for generation in group:
+        reuse = generation.usage.reuse
+        assert reuse.hit + reuse.between + reuse.dropped + reuse.new == len(SYSTEM)
+        assert generation.prompt_done == len(SYSTEM)
+
+
+@pytest.mark.parametrize("at", [0, 127, 128, 500, 899])
+def test_an_edit_computes_what_follows_it(engine: Engine, model: HashModel, at: int) -> None:
+    prompt = SYSTEM * 3
+    engine.submit(prompt, params(2)).result()
+    model.passes.clear()
+    edited = [*prompt[:at], 63, *prompt[at + 1 :]]
+    generation = engine.submit(edited, params(1))
+    generation.result()
+    assert sum(map(len, model.fed)) <= len(prompt) - at + 127
+    assert at - 127 <= generation.usage.cached_tokens <= at
+
+
 def test_reuse_changes_no_answer(model: HashModel) -> None:
-    with Engine(model, session_pool=0) as cold:
-        expected = [cold.submit([2, 3, 4, *range(5, 5 + i)], params(15)).result() for i in range(9)]
-        assert cold.stats().pooled == 0
-    with Engine(model, session_pool=3) as warm:
-        for _ in range(2):
-            for i in range(9):
-                assert warm.submit([2, 3, 4, *range(5, 5 + i)], params(15)).result() == expected[i]
-        wait_for(lambda: warm.stats().pooled == 3)
-        assert warm.stats().pooled_bytes > 0
+    prompts = [[2, 3, 4, *SYSTEM[: 40 * i]] for i in range(7)]
+    expected = []
+    for prompt in prompts:
+        with Engine(model) as cold:
+            expected.append(cold.submit(prompt, params(15)).result())
+            assert cold.submit(prompt, params(15)).result() == expected[-1]
+    for memory in (12 << 10, 40 << 10, 1 << 20):  # too little to keep much, to keep all
+        with Engine(model, memory_bytes=memory) as warm:
+            for _ in range(2):
+                for prompt, answer in zip(prompts, expected, strict=True):
+                    assert warm.submit(prompt, params(15)).result() == answer
+            wait_for(lambda: warm.stats().running == 0)
+            warm._cache.check()
+            assert warm.stats().cache_bytes <= memory
 
 
-def test_the_pool_keeps_to_its_bytes(model: HashModel) -> None:
-    with Engine(model, pool_bytes=8 * 100) as engine:
-        for i in range(5):
-            engine.submit([2 + i, *range(10, 50)], params(2, stop_token_ids=())).result()
-        wait_for(lambda: engine.stats()[2:] == (2, 2 * 8 * 42))
-        engine.submit([9] * 300, params(1)).result()
-        wait_for(lambda: engine.stats()[2:] == (1, 8 * 300))
+def test_a_miss_says_why(model: HashModel) -> None:
+    with Engine(model, memory_bytes=24 << 10) as engine:
+        first = engine.submit(SYSTEM, params(1))
+        first.result()
+        assert first.usage.reuse == Reuse(new=300)
+        for i in range(6):
+            engine.submit([60 + i % 3, *SYSTEM[i:]], params(1)).result()
+        again = engine.submit(SYSTEM, params(1))
+        again.result()
+        assert again.usage.reuse.dropped > 0 and again.usage.cached_tokens < 256
 
 
-def test_common_prefix() -> None:
-    assert common_prefix([], [1]) == 0
-    assert common_prefix([1, 2, 3], [1, 2, 3]) == 3
-    for n in range(40):
-        assert common_prefix([*range(n), 99, 5], [*range(n), 98, 5]) == n
+def test_answers_that_outgrow_memory_take_turns_and_do_not_change(model: HashModel) -> None:
+    prompts = [[2 + i, *SYSTEM] for i in range(4)]
+    free = params(300, stop_token_ids=())
+    with Engine(model) as engine:
+        expected = [engine.submit(p, free).result() for p in prompts]
+    with Engine(model, memory_bytes=14 << 10) as engine:
+        group = [engine.submit(p, free) for p in prompts]
+        assert [g.result() for g in group] == expected
+
+
+def test_what_could_never_fit_is_refused_and_a_long_answer_cut(model: HashModel) -> None:
+    with Engine(model, memory_bytes=4 << 10) as engine:
+        assert engine.context_length == 3 * 128
+        with pytest.raises(ContextLengthError, match="384 tokens"):
+            engine.submit(SYSTEM * 2)
+        cut = engine.submit(SYSTEM, params(500, stop_token_ids=()))
+        assert len(cut.result()) == 84 and cut.finish_reason == "length"
+    with pytest.raises(ConfigError, match="memory"):
+        Engine(model, memory_bytes=1 << 10)
+
+
+def test_a_higher_priority_goes_first(model: HashModel) -> None:
+    go = threading.Event()
+    model.before_step = lambda ids: go.wait(10) and None
+    with Engine(model, max_running=1) as engine:
+        first = engine.submit([2, 3], params(3, stop_token_ids=()))
+        wait_for(lambda: len(model.passes) == 1)
+        humble = engine.submit([4, 5], params(3, stop_token_ids=()))
+        urgent = engine.submit([6, 7], params(3, stop_token_ids=()), priority=1)
+        go.set()
+        first.result(), humble.result(), urgent.result()
+    order = [ids for ids in model.fed if ids in ([4, 5], [6, 7])]
+    assert order == [[6, 7], [4, 5]]
+
+
+def test_a_written_over_block_is_found_when_idle(engine: Engine, model: HashModel) -> None:
+    answer = engine.submit(SYSTEM, params(4)).result()
+    wait_for(lambda: all(node.checksum is not None for node in blocks_of(engine)))
+    assert engine.stats().cuts > 2
+    blocks_of(engine)[0].block.tokens[5] += 1
+    engine.submit([6], params(1)).result()
+    wait_for(lambda: engine.stats().cuts <= 1)
+    assert engine.submit(SYSTEM, params(4)).result() == answer
+
+
+def blocks_of(engine: Engine) -> list[Any]:
+    return [node for node in engine._cache._nodes() if node.block is not None]
 
 
 def test_a_real_model_answers_as_it_does_without_an_engine() -> None:
@@ -255,7 +330,7 @@ def test_a_real_model_answers_as_it_does_without_an_engine() -> None:
     long = [(7 * i) % 300 + 20 for i in range(260)]
     prompts = [long[:n] for n in (3, 130, 260, 259)]
     expected = [model.generate(p, params(6, seed=i)) for i, p in enumerate(prompts)]
-    with Engine(model, prefill_chunk=100) as engine:
+    with Engine(model, step_tokens=100) as engine:
         for _ in range(2):
             together = [engine.submit(p, params(6, seed=i)) for i, p in enumerate(prompts)]
             assert [g.result() for g in together] == expected

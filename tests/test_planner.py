@@ -14,16 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv4 import kernels
 from dsv4.checkpoint import Checkpoint, save_checkpoint
 from dsv4.config import V4Config
+from dsv4.engine.kvstate import Layout
 from dsv4.engine.session import Session
 from dsv4.errors import ConfigError
 from dsv4.kernels import reference
 from dsv4.model import FLOAT32, OFFICIAL, Numerics, Transformer
 from dsv4.planner import (
     activation_bytes,
+    block_bytes,
     efficiency,
     extend_passes,
     forward_flops,
     kv_bytes,
+    kv_bytes_per_token,
     ratios_over_context,
     session_bytes,
     token_flops,
@@ -120,6 +123,13 @@ def test_kv_bytes_are_those_of_the_session(net: Transformer, nx: Numerics) -> No
         passes += extend_passes(len(session), tokens)
         session.extend([1] * tokens, last=True)
         assert session_bytes(TINY, passes, nx.name) == session.bytes(), passes
+
+
+@pytest.mark.parametrize("name", ["nano", "flash", "pro"])
+def test_a_block_has_the_published_bytes_of_its_tokens(name: str) -> None:
+    config = V4Config.preset(name)
+    assert Layout(config, OFFICIAL).bytes == block_bytes(config) == 128 * kv_bytes_per_token(config)
+    assert Layout(config, FLOAT32).bytes == block_bytes(config, "float32")
 
 
 def test_old_snapshots_are_thinned_in_the_prediction_too(net: Transformer) -> None:

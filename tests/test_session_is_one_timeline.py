@@ -23,9 +23,9 @@ LENGTH = 700
 SHAPES = {"flash": (0, 4, 128, 4, 0), "pro": (128, 4, 128, 0)}
 
 
-# Where torch multiplies, a last bit may tip a rounding of official numerics.
-NUMERICS = ("float32", "official") if kernels.NATIVE else ("float32",)
-KINDS = [(shape, numerics) for shape in SHAPES for numerics in NUMERICS]
+KINDS = [("flash", "float32"), ("pro", "float32")]
+if kernels.NATIVE:  # where torch multiplies, a last bit may tip a rounding of official numerics
+    KINDS = [("flash", "float32"), ("flash", "official"), ("pro", "official")]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 few = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 IDS = torch.randint(256, (LENGTH,), generator=torch.Generator().manual_seed(5)).tolist()
 _full: dict[str, torch.Tensor] = {}

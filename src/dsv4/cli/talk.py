@@ -38,7 +38,9 @@ def serve(
     threads: Threads = None,
     max_running: Annotated[int, typer.Option(help="Requests computed at once.", min=1)] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests in line.", min=0)] = 256,
-    sessions: Annotated[int, typer.Option(help="Conversations kept for reuse.", min=0)] = 8,
+    cache_gb: Annotated[
+        float, typer.Option(help="Memory for what requests compute and later ones reuse, in GB.")
+    ] = 4.0,
     pro: Annotated[
         str | None,
         typer.Option(help="Another model, for deepseek-v4-pro (Expert). Default: the same."),
@@ -73,7 +75,7 @@ def serve(
     options: dict[str, Any] = {
         "max_running": max_running,
         "max_waiting": max_waiting,
-        "session_pool": sessions,
+        "memory_bytes": int(cache_gb * 1e9),
         "context_length": context,
     }
     backend = LocalBackend(loaded, **options)

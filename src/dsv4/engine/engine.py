@@ -1,33 +1,37 @@
 """The engine: many requests, one model, one worker thread. A step = schedule, run, commit.
 
-    schedule   admit waiting requests, then pick every request that decodes and one that prefills
-    run        one token for each of the first, one chunk of the prompt for the second
-    commit     hand the tokens out, retire what is finished, keep its session for reuse
+    schedule   who gets or gives up a place, and whose tokens the next pass feeds (``scheduler``)
+    run        one pass: a token of each request that decodes, and chunks of prompts
+    commit     sample, hand the tokens out, keep what others may go on from (``prefix``), retire
 
-A long prompt is fed in chunks between other requests' tokens, so it delays each of them by at most
+A long prompt is fed in chunks beside other requests' tokens, so it delays each of them by at most
 one chunk. A request's tokens depend on its prompt and parameters and never on its neighbours:
-sessions are separate timelines, and randomness is counted by position (see ``sample``).
+timelines are separate, and randomness is counted by position (see ``sample``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from ..config import V4Config
-from ..errors import ContextLengthError, DSV4Error, RequestError
+from ..errors import ConfigError, ContextLengthError, DSV4Error, RequestError
+from .kvstate import GRAIN
+from .prefix import Lease, PrefixCache, Reuse
 from .sample import MAX_OUTPUT, Guide, Logprob, SamplingParams, logprob, sample
+from .scheduler import Job, Scheduler
+from .session import Part
 
-if TYPE_CHECKING:
-    from .session import Session
-
+AUDIT = 256  # blocks that are looked at when there is nothing else to do
+log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -45,7 +49,21 @@ class EngineModel(Protocol):
     @property
     def config(self) -> V4Config: ...
 
-    def session(self) -> Session: ...
+    def runner(self) -> Runs: ...
+
+
+class Runs(Protocol):
+    """Runs timelines; ``session.Runner`` has it. A timeline is as ``kvstate.KVState``."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def overhead_bytes(self) -> int: ...
+
+    def resume(self, blocks: Any, cut: Any) -> Any: ...
+
+    def run(self, parts: Sequence[Part]) -> Sequence[torch.Tensor]: ...
 
 
 class Token(NamedTuple):
@@ -59,8 +77,9 @@ class Token(NamedTuple):
 class Usage:
     """What a request cost; times in seconds, by the engine's clock.
 
-    ``prompt_tokens`` includes ``cached_tokens``, those found in a kept session.
-    ``completion_tokens`` counts every token sampled, the stop token included.
+    ``prompt_tokens`` includes ``cached_tokens``, those that were not computed again; ``reuse``
+    says why the others were. ``completion_tokens`` counts every token sampled, the stop token
+    included.
     """
 
     prompt_tokens: int = 0
@@ -69,15 +88,17 @@ class Usage:
     queue_time: float = 0.0
     prefill_time: float = 0.0
     decode_time: float = 0.0
+    reuse: Reuse = field(default_factory=Reuse)
 
 
 class EngineStats(NamedTuple):
-    """A glance at the engine: requests running and waiting, sessions kept, and what they occupy."""
+    """A glance at the engine: requests running and waiting, places of past timelines from which
+    one can go on, and the bytes that these and their rows occupy."""
 
     running: int
     waiting: int
-    pooled: int
-    pooled_bytes: int
+    cuts: int
+    cache_bytes: int
 
 
 class Generation:
@@ -99,6 +120,7 @@ class Generation:
         self.params = params
         self.guide = guide
         self.tokens: list[int] = []  # given or about to be given
+        self.prompt_done = 0  # tokens of the prompt that are computed, or were before
         self.usage = Usage(prompt_tokens=len(self.prompt))
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
@@ -170,21 +192,20 @@ class Generation:
                 self._reader = None
 
 
-class _Running:
-    """A request that has a session: first its prompt is fed, then one token a step."""
+class _Request:
+    """A generation on its way: its job, its timeline while it has a place, and what is known of it.
+    """
 
-    def __init__(self, generation: Generation, session: Session, cached: int):
-        self.generation = generation
-        self.session = session
-        self.cached = cached
-        self.pending = generation.prompt[cached:]  # tokens the session has not seen yet
-        self.started = 0.0
+    def __init__(self, generation: Generation, job: Job, submitted: float) -> None:
+        self.generation, self.job, self.submitted = generation, job, submitted
+        self.tokens = list(generation.prompt)  # and what was sampled
+        self.state: Any = None
+        self.lease: Lease | None = None
+        self.reuse: Reuse | None = None  # once it was looked for
+        self.suspect = False  # was part of a pass that failed
+        self.started: float | None = None
         self.first_token: float | None = None
         self.sampled = 0
-
-    @property
-    def decodes(self) -> bool:
-        return self.first_token is not None
 
 
 class Engine:
@@ -192,10 +213,11 @@ class Engine:
 
     ``max_running``     requests that are computed at once; the others wait their turn
     ``max_waiting``     longer lines are refused with EngineBusyError
-    ``prefill_chunk``   prompt tokens fed per step
-    ``session_pool``    finished timelines kept for reuse, the least recently used dropped first
-    ``pool_bytes``      the same in bytes; the latest one is kept whatever its size
-    ``context_length``  tokens of prompt and answer together; None = what the config promises
+    ``step_tokens``     rows of one pass: a token of each request that decodes, the rest is prompts
+    ``memory_bytes``    for attention state: of running requests, and what they leave of it for the
+                        prefix cache
+    ``context_length``  tokens of prompt and answer together; None = what the config promises, and
+                        what fits into the memory
     ``clock``           seconds, monotonic; injected so that tests need no waiting
 
     Close it (or use ``with``): the worker ends and unfinished requests are "cancelled".
@@ -207,24 +229,36 @@ class Engine:
         *,
         max_running: int = 8,
         max_waiting: int = 256,
-        prefill_chunk: int = 512,
-        session_pool: int = 8,
-        pool_bytes: int = 4 << 30,
+        step_tokens: int = 512,
+        memory_bytes: int = 4 << 30,
         context_length: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.context_length = context_length or model.config.max_position_embeddings
-        self._model = model
-        self._max_running = max_running
+        self._model, self._runner = model, model.runner()
+        self._block_bytes = max(1, self._runner.block_bytes)
+        self._memory = memory_bytes
+        self._scheduler = Scheduler(
+            max_running=max_running,
+            step_tokens=max(step_tokens, max_running),
+            blocks=memory_bytes // self._block_bytes,
+            overhead=-(-self._runner.overhead_bytes // self._block_bytes),
+        )
+        room = self._scheduler.room()
+        if room < GRAIN:
+            raise ConfigError(
+                "no request fits into the engine's memory",
+                expected="memory for at least 128 tokens", got=f"{memory_bytes} bytes",
+            )  # fmt: skip
+        limit = context_length or model.config.max_position_embeddings
+        self.context_length = min(limit, room)
         self._max_waiting = max_waiting
-        self._prefill_chunk = prefill_chunk
         self._clock = clock
-        self._pool = _SessionPool(session_pool, pool_bytes)
+        self._cache = PrefixCache(memory_bytes, self._runner.block_bytes)
         self._wake = threading.Condition()
-        self._waiting: deque[tuple[Generation, float]] = deque()
-        self._running: deque[_Running] = deque()
+        self._arrived: deque[_Request] = deque()
+        self._requests: dict[Job, _Request] = {}  # waiting or running
         self._closing = False
-        self._worker = threading.Thread(target=self._run, name="dsv4-engine", daemon=True)
+        self._worker = threading.Thread(target=self._work, name="dsv4-engine", daemon=True)
         self._worker.start()
 
     # ------------------------------------------------------------------ for callers
@@ -234,10 +268,13 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams | None = None,
         guide: Guide | None = None,
+        *,
+        priority: int = 0,
     ) -> Generation:
         """Queue a prompt (token ids) and return at once.
 
-        A ``guide`` belongs to this generation alone: it remembers what was chosen.
+        A ``guide`` belongs to this generation alone: it remembers what was chosen. A higher
+        ``priority`` goes first.
         Raises ContextLengthError when the prompt leaves no room for an answer (an answer that
         would be too long is cut instead), RequestError for ids outside the vocabulary or an empty
         prompt, EngineBusyError when the line is full, EngineClosedError after ``close``.
@@ -264,23 +301,28 @@ class Engine:
             if params.stop_token_ids is None
             else params.stop_token_ids,
         )
+        assert params.max_tokens is not None
         generation = Generation(prompt, params, self._nudge, guide)
+        now = self._clock()
+        job = Job(len(prompt), len(prompt) + params.max_tokens, priority, now)
         with self._wake:
             if self._closing:
                 raise EngineClosedError("the engine is closed")
-            if len(self._waiting) >= self._max_waiting:
+            if len(self._arrived) + len(self._scheduler.waiting) >= self._max_waiting:
                 raise EngineBusyError(
                     "too many requests are waiting",
                     expected=f"at most {self._max_waiting}",
                     hint="send it again later, or serve with a larger --max-waiting",
                 )
-            self._waiting.append((generation, self._clock()))
+            self._arrived.append(_Request(generation, job, now))
             self._wake.notify()
         return generation
 
     def stats(self) -> EngineStats:
-        with self._wake:
-            return EngineStats(len(self._running), len(self._waiting), *self._pool.occupied)
+        waiting = len(self._arrived) + len(self._scheduler.waiting)
+        return EngineStats(
+            len(self._scheduler.running), waiting, self._cache.cuts, self._cache.bytes
+        )
 
     def close(self) -> None:
         """End the current step, cancel what is unfinished, stop the worker. May be repeated."""
@@ -298,25 +340,32 @@ class Engine:
 
     # ------------------------------------------------------------------ the worker
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         try:
             with torch.no_grad():  # grad mode belongs to a thread
                 while self._sleep_until_work():
-                    for request in self._schedule():
-                        self._step(request)
+                    self._schedule()
+                    self._run()
         finally:  # whatever ended the loop, nobody waits for ever
             with self._wake:
                 self._closing = True
-                waiting, self._waiting = self._waiting, deque()
-            for request in list(self._running):
+                arrived, self._arrived = self._arrived, deque()
+            for request in [*self._requests.values(), *arrived]:
+                self._requests.setdefault(request.job, request)
+                self._let_go(request)
                 self._retire(request, "cancelled")
-            for generation, _ in waiting:
-                generation._end("cancelled", generation.usage, None)
 
     def _sleep_until_work(self) -> bool:
         """Block while there is nothing to do; False when the engine closes."""
+        idle = not (self._requests or self._arrived or self._closing)
+        if idle:
+            try:
+                self._cache.audit(AUDIT)
+            except DSV4Error as error:  # memory that somebody wrote into: nothing is to be trusted
+                log.error("the prefix cache is emptied: %s", error)
+                self._cache.clear()
         with self._wake:
-            while not (self._running or self._waiting or self._closing):
+            while not (self._requests or self._arrived or self._closing):
                 self._wake.wait()
             return not self._closing
 
@@ -324,153 +373,164 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
-    def _schedule(self) -> list[_Running]:
-        """All requests that decode and the next one that prefills, after admitting new ones."""
-        with self._wake:
-            gone = [g for g, _ in self._waiting if g.cancel_requested]
-            self._waiting = deque(w for w in self._waiting if not w[0].cancel_requested)
-            room = self._max_running - len(self._running)
-            admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-        for generation in gone:
-            generation._end("cancelled", generation.usage, None)
-        for generation, submitted in admitted:
-            self._admit(generation, submitted)
-        for request in [r for r in self._running if r.generation.cancel_requested]:
-            self._retire(request, "cancelled")
-        batch = [r for r in self._running if r.decodes]
-        prefilling = next((r for r in self._running if not r.decodes), None)
-        if prefilling is not None:
-            batch.append(prefilling)
-            # to the end of the line, so that prompts take turns and a short one is soon done
-            self._running.remove(prefilling)
-            self._running.append(prefilling)
-        return batch
+    # ------------------------------------------------------------------ schedule
 
-    def _admit(self, generation: Generation, submitted: float) -> None:
-        now = self._clock()
-        generation.usage = replace(generation.usage, queue_time=now - submitted)
-        try:
-            busy = [r.session for r in self._running]
-            found = self._pool.take(generation.prompt, busy)
-            session, cached = found or (self._model.session(), 0)
-        except Exception as error:
-            generation._end("error", generation.usage, error)
+    def _schedule(self) -> None:
+        with self._wake:  # so that submit sees them in one of the two lines
+            for request in self._arrived:
+                self._requests[request.job] = request
+                self._scheduler.add(request.job)
+            self._arrived.clear()
+        for request in list(self._requests.values()):
+            if request.generation.cancel_requested:
+                self._retire(request, "cancelled")
+        preempted, admitted = self._scheduler.step()
+        for job in preempted:
+            self._set_aside(self._requests[job])
+        self._cache.shrink(max(0, self._memory - self._scheduler.used * self._block_bytes))
+        for job in admitted:
+            request = self._requests[job]
+            if request.started is None:
+                request.started = self._clock()
+            self._find(request)
+
+    def _find(self, request: _Request) -> None:
+        """Go on from the furthest place that is known, if that is further than where it is."""
+        lease, blocks, cut, reuse = self._cache.find(request.tokens)
+        if request.state is not None and reuse.hit <= request.state.length:
+            self._cache.release(lease)
             return
-        generation.usage = replace(generation.usage, cached_tokens=cached)
-        request = _Running(generation, session, cached)
-        request.started = now
-        self._running.append(request)
+        known = request.reuse
+        if known is None:
+            request.reuse = reuse
+        elif request.state is not None:  # another request has computed some of it meanwhile
+            request.reuse = known.more(reuse.hit - request.state.length)
+        self._let_go(request)
+        request.lease, request.state = lease, self._runner.resume(blocks, cut)
+        self._scheduler.resumed(request.job, reuse.hit)
 
-    def _step(self, request: _Running) -> None:
-        """Run one request's part of the step and commit it; a failure ends that request only."""
-        generation, session = request.generation, request.session
+    def _let_go(self, request: _Request) -> None:
+        if request.lease is not None:
+            self._cache.release(request.lease)
+        request.lease = request.state = None
+
+    def _set_aside(self, request: _Request) -> None:
+        """Take a request's timeline away, in such a way that it can be found again."""
+        if request.state is not None:
+            self._keep(request, request.state.length)
+        self._let_go(request)
+
+    def _keep(self, request: _Request, start: int) -> None:
+        """Keep the state at all multiples of 128 since ``start``, before the prompt's last token
+        and, if ``start`` is the end, there."""
+        state, last = request.state, len(request.generation.prompt) - 1
+        here = set(range((start // GRAIN + 1) * GRAIN, state.length + 1, GRAIN))
+        ends = {at for at in (last, start) if start <= at <= state.length and at > 0}
+        if start != state.length:
+            ends.discard(start)
+        here |= ends
+        if here and request.lease is not None:
+            cuts = [state.cut(at) for at in sorted(here)]
+            self._cache.keep(request.lease, request.tokens, state.blocks, cuts, ends)
+
+    # ------------------------------------------------------------------ run and commit
+
+    def _run(self) -> None:
+        """Feed what the scheduler says, and commit what comes of it."""
+        work: list[tuple[_Request, int]] = []
+        several = sum(job.left > 1 for job in self._scheduler.running) > 1
+        for job, n in self._scheduler.feed():
+            request = self._requests[job]
+            start = job.fed - n
+            if several and n > 1:  # another of these prompts may have come further by now
+                self._scheduler.resumed(job, start)
+                self._find(request)
+                n = min(n, job.left)
+                self._scheduler.resumed(job, job.fed + n)
+            work.append((request, n))
+        for group in self._groups(work):
+            parts = [
+                Part(r.state, r.tokens[r.job.fed - n : r.job.fed], int(r.job.left == 0))
+                for r, n in group
+            ]
+            try:
+                done = self._runner.run(parts)
+            except Exception as error:
+                self._failed(group, error)
+                continue
+            for (request, n), logits in zip(group, done, strict=True):
+                self._commit(request, n, logits)
+
+    def _groups(self, work: list[tuple[_Request, int]]) -> list[list[tuple[_Request, int]]]:
+        """All in one pass, but each of those alone that were part of one that failed."""
+        alone = [[w] for w in work if w[0].suspect]
+        together = [w for w in work if not w[0].suspect]
+        return [*alone, *([together] if together else [])]
+
+    def _failed(self, group: list[tuple[_Request, int]], error: Exception) -> None:
+        """Who is to blame is seen when each is run alone, from where it was last known good."""
+        for request, _ in group:
+            if len(group) == 1:
+                self._let_go(request)
+                self._retire(request, "error", error)
+                continue
+            request.suspect = True
+            self._let_go(request)
+            self._find(request)
+
+    def _commit(self, request: _Request, fed: int, logits: torch.Tensor) -> None:
+        """Take one part's result; a failure ends that request only."""
+        generation, state, job = request.generation, request.state, request.job
+        request.suspect = False
+        generation.prompt_done = min(job.fed, len(generation.prompt))
         try:
-            chunk = request.pending[: self._prefill_chunk]
-            del request.pending[: self._prefill_chunk]
-            logits = session.extend(chunk, last=True)[-1]
-            if request.pending:
+            self._keep(request, state.length - fed)
+            state.settle()
+            if job.left:
                 return
-            params, position = generation.params, len(session)
+            params = generation.params
             guide = generation.guide
-            token = sample(logits, params, position, guide.allowed() if guide else None)
+            allowed = guide.allowed() if guide else None
+            token = sample(logits[-1], params, state.length, allowed)
             if guide:
                 guide.accept(token)
             wanted = params.logprobs
-            scores = None if wanted is None else logprob(logits, token, wanted)
+            scores = None if wanted is None else logprob(logits[-1], token, wanted)
         except Exception as error:
+            self._let_go(request)
             self._retire(request, "error", error)
             return
         if request.first_token is None:
             request.first_token = self._clock()
         request.sampled += 1
-        request.pending = [token]
         if token in (params.stop_token_ids or ()):
             self._retire(request, "stop")
             return
-        last = request.sampled == params.max_tokens
+        request.tokens.append(token)
         generation._give(Token(token, scores))
-        if last:
+        if request.sampled == params.max_tokens:
             self._retire(request, "length")
+        else:
+            job.tokens += 1
 
     def _retire(
-        self, request: _Running, reason: FinishReason, error: BaseException | None = None
+        self, request: _Request, reason: FinishReason, error: BaseException | None = None
     ) -> None:
-        self._running.remove(request)
+        if request.job.running or request.job in self._scheduler.waiting:
+            self._scheduler.remove(request.job)
+        del self._requests[request.job]
         now = self._clock()
         first = request.first_token
+        started = now if request.started is None else request.started
+        reuse = request.reuse or Reuse(new=len(request.generation.prompt))
         usage = replace(
             request.generation.usage,
+            cached_tokens=reuse.hit,
+            reuse=reuse,
             completion_tokens=request.sampled,
-            prefill_time=(now if first is None else first) - request.started,
+            queue_time=started - request.submitted,
+            prefill_time=(now if first is None else first) - started,
             decode_time=0.0 if first is None else now - first,
         )
-        if error is None:  # after a failure the session's state is not trusted
-            self._pool.give(request.session)
+        self._set_aside(request)
         request.generation._end(reason, usage, error)
-
-
-class _SessionPool:
-    """Finished timelines, the most recently used last. Only the worker calls it."""
-
-    def __init__(self, capacity: int, capacity_bytes: int) -> None:
-        self._capacity, self._capacity_bytes = capacity, capacity_bytes
-        self._sessions: list[Session] = []
-        self.occupied = (0, 0)  # sessions and their bytes, for other threads to read
-
-    def take(self, prompt: list[int], busy: list[Session]) -> tuple[Session, int] | None:
-        """A session that holds the longest known prefix of ``prompt``, and that prefix's length.
-
-        ``busy`` sessions belong to running requests. At least the prompt's last token is left to
-        feed, because its logits are wanted. A kept timeline that the prompt continues is taken;
-        one that branches off is forked, so a system prompt shared by many conversations stays
-        with all of them.
-        """
-        usable, best = 0, None
-        for session in [*busy, *self._sessions]:
-            common = min(common_prefix(session.tokens, prompt), len(prompt) - 1)
-            if common >= usable:  # on a tie a kept one, and of those the one used last
-                usable, best = common, session
-        if best is None or usable == 0:
-            return None
-        kept = any(s is best for s in self._sessions)
-        if kept:
-            self._remove(best)
-        if not kept or usable < len(best):
-            if kept:
-                self._sessions.append(best)
-            best = best.fork()
-            best.rewind(usable)
-        self._count()
-        return best, usable
-
-    def give(self, session: Session) -> None:
-        """Keep a session, in place of those whose whole timeline it contains."""
-        tokens = session.tokens
-        for other in list(self._sessions):
-            if common_prefix(other.tokens, tokens) == len(other):
-                self._remove(other)
-        if tokens:
-            self._sessions.append(session)
-        del self._sessions[: max(0, len(self._sessions) - self._capacity)]
-        self._count()
-        while len(self._sessions) > 1 and self.occupied[1] > self._capacity_bytes:
-            del self._sessions[0]
-            self._count()
-
-    def _remove(self, session: Session) -> None:
-        self._sessions = [s for s in self._sessions if s is not session]
-
-    def _count(self) -> None:
-        self.occupied = len(self._sessions), sum(s.bytes() for s in self._sessions)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading items are equal. Compares slices, so a million tokens take milliseconds."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # a[:low] == b[:low] always holds
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

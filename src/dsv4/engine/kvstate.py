@@ -91,7 +91,7 @@ class Block:
         return other
 
     def checksum(self) -> int:
-        return zlib.crc32(self.data.numpy())
+        return zlib.crc32(self.data.numpy().data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,14 +42,16 @@ def swiglu(
     gate: int, up: int, bf16: bool, rows: int, width: int, limit: float, out: int, out_bf16: bool,
     threads: int, /,
 ) -> None: ...
+Pieces = tuple[int, int, int, int]
+
 def attention(
     q: int, bf16: bool, queries: int, heads: int, width_of_head: int, window: int, earlier: int,
-    width: int, rows: int, chosen: int, k: int, sink: int, start: int, ratio: int, scale: float,
-    out: int, threads: int, /,
+    width: int, rows: Pieces, kept: int, chosen: int, k: int, sink: int, start: int, ratio: int,
+    scale: float, out: int, threads: int, /,
 ) -> None: ...
 def index_topk(
-    q: int, bf16: bool, queries: int, heads: int, width: int, keys: int, weights: int, start: int,
-    ratio: int, k: int, out: int, threads: int, /,
+    q: int, bf16: bool, queries: int, heads: int, width: int, keys: Pieces, packed: bool,
+    weights: int, start: int, ratio: int, k: int, out: int, threads: int, /,
 ) -> None: ...
 
 Address = tuple[int, int, int, int, int, int]

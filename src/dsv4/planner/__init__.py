@@ -14,6 +14,7 @@ from .efficiency import efficiency, ratios_over_context
 from .flops import Flops, forward_flops, token_flops, training_flops
 from .memory import (
     activation_bytes,
+    block_bytes,
     extend_passes,
     kv_bytes,
     kv_bytes_per_token,
@@ -26,6 +27,7 @@ from .memory import (
 __all__ = [
     "Flops",
     "activation_bytes",
+    "block_bytes",
     "efficiency",
     "extend_passes",
     "forward_flops",

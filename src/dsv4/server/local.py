@@ -87,8 +87,8 @@ class LocalBackend:
         return {
             "requests_running": stats.running,
             "requests_waiting": stats.waiting,
-            "sessions_kept": stats.pooled,
-            "sessions_kept_bytes": stats.pooled_bytes,
+            "cached_places": stats.cuts,
+            "cache_bytes": stats.cache_bytes,
             "empty_answers_retried": self.counters.empty_answers,
         }
 
