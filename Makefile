@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 
-.PHONY: help setup serve chat check test sanitize clean
+.PHONY: help setup serve chat check test test-clients sanitize clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
-	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 NATIVE := $(wildcard src/dsv4/kernels/native/*.cpp src/dsv4/kernels/native/*.h) \
           src/dsv4/kernels/native/CMakeLists.txt
@@ -42,7 +42,12 @@ check: $(VENV)/.dev   ## lint, types and the fast tests (two minutes)
 test: $(VENV)/.dev    ## lint, types and every test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	-tests/clients/install .clients $(BIN)/python
 	$(BIN)/python -m pytest
+
+test-clients: $(VENV)/.dev  ## run real clients (openai, anthropic, llm, aider), each in its own environment
+	tests/clients/install .clients $(BIN)/python
+	$(BIN)/python -m pytest -q tests/test_real_clients.py tests/test_agents_sessions.py
 
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 
