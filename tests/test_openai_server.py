@@ -557,7 +557,6 @@ def test_the_served_model_says_what_it_is(tiny: Server) -> None:
     assert health["status"] == "ok" and health["requests_running"] == 0
     page = httpx.get(tiny.url + "/")
     assert page.headers["content-type"].startswith("text/html")
-    assert "v4-tiny" in page.text and f"{tiny.url}/v1/chat/completions" in page.text
     assert "access-control-allow-origin" not in page.headers
 
 

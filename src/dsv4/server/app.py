@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hmac
-import html
-import json
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from ..errors import DSV4Error
 from . import anthropic, fields, openai, responses
-from .backend import Backend, ModelInfo
+from .backend import Backend
+from .conversations import Conversations
+from .database import LOCAL, MEMORY, Database
 from .models import Models, Service
+from .page import add_page
 from .wire import KEEP_ALIVE, ApiError, Envelope, http_error
 
 
@@ -27,6 +28,7 @@ def create_app(
     retired_names: bool = False,
     official_sampling: bool = False,
     keep_alive: float = KEEP_ALIVE,
+    database: Database | None = None,
 ) -> FastAPI:
     """The ASGI application that serves ``backend``.
 
@@ -37,8 +39,10 @@ def create_app(
     ``retired_names``      accept deepseek-chat and deepseek-reasoner
     ``official_sampling``  ignore temperature and top_p in thinking mode, as the hosted API does
     ``keep_alive``         seconds of silence before a sign of life is sent
+    ``database``           where the page's conversations are kept; without one they last as long
+                           as the application
 
-    The caller closes the backends.
+    The caller closes the backends and ``database``.
     """
     app = FastAPI(title="dsv4", docs_url=None, redoc_url=None, openapi_url=None)
     model = backend.model
@@ -67,11 +71,13 @@ def create_app(
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": model.id, **backend.load()}
 
-    @app.get("/", response_class=HTMLResponse)
-    async def index(request: Request) -> str:
-        return _page(model, str(request.base_url))
+    def owner(request: Request) -> str:
+        authorize(request)
+        return LOCAL
 
     app.include_router(api)
+    stored = Conversations(database or Database(MEMORY))
+    add_page(app, models, stored, owner, keys=api_key is not None)
 
     @app.exception_handler(ApiError)
     @app.exception_handler(DSV4Error)
@@ -93,30 +99,3 @@ def create_app(
 
 def _envelope(request: Request) -> Envelope:
     return anthropic.envelope if anthropic.speaks(request.url.path) else ApiError.body
-
-
-def _page(model: ModelInfo, base: str) -> str:
-    hello = [{"role": "user", "content": "Hello"}]
-    body = json.dumps({"model": model.id, "messages": hello})
-    command = (
-        f"curl {base}v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'"
-    )
-    python = f"""from openai import OpenAI
-client = OpenAI(base_url="{base}v1", api_key="none")
-answer = client.chat.completions.create(
-    model="{model.id}", messages=[{{"role": "user", "content": "Hello"}}])
-print(answer.choices[0].message.content)"""
-    name, about = html.escape(model.id), html.escape(model.description)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{name} on dsv4</title>
-<style>body{{font:16px/1.5 system-ui;max-width:46rem;margin:3rem auto;padding:0 1rem}}
-pre{{background:#f4f4f4;padding:1rem;overflow:auto}}</style>
-<h1>{name}</h1><p>{about}</p>
-<p>Context: {model.context_length:,} tokens.
-The API is that of DeepSeek and OpenAI: chat completions.</p>
-<h2>From a terminal</h2><pre>{html.escape(command)}</pre>
-<h2>From Python</h2><pre>{html.escape(python)}</pre>
-<h2>Routes</h2><pre>POST /v1/chat/completions   stream or not; thinking, tools, logprobs
-GET  /v1/models             which model answers
-GET  /health                requests running and waiting</pre></html>
-"""

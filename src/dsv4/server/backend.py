@@ -27,6 +27,8 @@ class ModelInfo:
     max_output_tokens: int
     created: int
     fingerprint: str
+    small: bool = False  # of the architecture, but neither Flash nor Pro
+    knows_titles: bool = False  # was trained on the ``title`` task
 
 
 @dataclass(frozen=True)

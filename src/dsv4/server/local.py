@@ -453,7 +453,8 @@ def describe(model: Model, context_length: int) -> ModelInfo:
     text = f"DeepSeek-V4 architecture, {_count(counts.total)} parameters"
     text += f" ({_count(counts.active)} active per token)."
     text += f" Numerics: {model.numerics}."
-    if counts.total < 100e9:
+    small = counts.total < 100e9
+    if small:
         text += " A small model: not DeepSeek-V4-Flash and not DeepSeek-V4-Pro."
     identity = json.dumps([model.name, model.numerics, model.config.to_dict()], default=str)
     return ModelInfo(
@@ -463,6 +464,8 @@ def describe(model: Model, context_length: int) -> ModelInfo:
         max_output_tokens=min(context_length, MAX_OUTPUT),
         created=int(time.time()),
         fingerprint="fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10],
+        small=small,
+        knows_titles=not small,
     )
 
 
