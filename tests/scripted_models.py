@@ -12,7 +12,7 @@ import torch
 
 from dsv4.api import Model
 from dsv4.config import V4Config
-from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS
+from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS, TASKS
 from dsv4.engine.session import Part
 from dsv4.model import FLOAT32, Transformer
 from dsv4.tokenizer import Tokenizer
@@ -132,7 +132,11 @@ class ScriptedModel:
         logits = torch.zeros(self.tokenizer.vocab_size)
         start, script = self.tokenizer.special_id(ASSISTANT), self.script
         if start in tokens:
-            said = tokens[::-1].index(start) - 1  # after <think> or </think>
+            latest = tokens[::-1]
+            said = latest.index(start) - 1  # after <think> or </think>
+            title = self.tokenizer.special_id(TASKS["title"])
+            if title in latest[:said]:
+                said = latest.index(title)
             if callable(script):
                 script = script(self.tokenizer.decode(tokens[: len(tokens) - said]))
             answer = [*self.tokenizer.encode(script, allow_special=True), self.tokenizer.eos_id]

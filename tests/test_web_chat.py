@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from browser import PATIENCE, Chat, Tab, browser, chat, context, eventually, running_chat, says, tab
+from browser import Chat, Tab, browser, chat, context, eventually, running_chat, says, tab
 from playwright.sync_api import Browser
 from scripted_models import one_torch_thread
 
@@ -64,7 +64,7 @@ def test_an_answer_is_shown_as_markdown_with_its_figures(tab: Tab) -> None:
     tab.finished()
     answer = page.locator("article.assistant")
     prose = answer.locator(".body > .prose")
-    assert prose.locator("h1").inner_text() == "A tour"
+    assert prose.locator("h3").inner_text() == "A tour"
     assert prose.locator("pre .hljs-keyword").all_inner_texts() == ["def", "return"]
     page.locator(".math.display .katex").wait_for()
     assert prose.locator(".katex").count() == 2 and "$5 to $10" in prose.inner_text()
@@ -77,10 +77,12 @@ def test_an_answer_is_shown_as_markdown_with_its_figures(tab: Tab) -> None:
     reasoning.locator("summary").click()
     assert reasoning.locator(".thoughts strong").inner_text() == "it"
     summary = answer.locator(".figures summary")
-    assert "tokens" in summary.inner_text() and "% cached" in summary.inner_text()
+    for part in ("tokens", "/s", "% cached", "$0.00"):
+        assert part in summary.inner_text()
     summary.click()
     rows = answer.locator(".figures dl").inner_text()
     assert "v4-scripted" in rows and "Instant, thinking high" in rows and "First token" in rows
+    assert "at the price of deepseek-v4-flash" in rows
 
 
 def test_who_answers_is_said_before_and_after(tab: Tab) -> None:
@@ -92,7 +94,7 @@ def test_who_answers_is_said_before_and_after(tab: Tab) -> None:
     assert "not DeepSeek-V4-Flash" in page.locator("#welcome").inner_text()
     tab.send("Hello")
     tab.finished()
-    assert page.locator("article.assistant h3").inner_text() == "v4-scripted"
+    assert page.locator("article.assistant h2").inner_text() == "v4-scripted"
     page.locator(".figures summary").click()
     assert "Expert, thinking high" in page.locator(".figures dl").inner_text()
 
@@ -466,13 +468,14 @@ def test_the_thread_follows_the_answer_unless_one_reads_above(tab: Tab) -> None:
     tab.send("Go on")
     below = "(() => { const s = document.getElementById('scroller');"
     below += " return s.scrollHeight - s.scrollTop - s.clientHeight; })()"
-    page.wait_for_function("document.getElementById('scroller').scrollTop > 100", timeout=PATIENCE)
+    scrolled = "document.getElementById('scroller').scrollTop"
+    eventually(lambda: page.evaluate(scrolled) > 100)
     assert page.evaluate(below) < 80
     page.mouse.move(700, 300)
     page.mouse.wheel(0, -5000)
     page.locator("#to-end").wait_for()
-    at = page.evaluate("document.getElementById('scroller').scrollTop")
+    at = page.evaluate(scrolled)
     tab.finished()
-    assert page.evaluate("document.getElementById('scroller').scrollTop") == at
+    assert page.evaluate(scrolled) == at
     page.locator("#to-end").click()
-    page.wait_for_function(f"{below} < 80")
+    eventually(lambda: page.evaluate(below) < 80)

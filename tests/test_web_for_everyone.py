@@ -28,7 +28,7 @@ ANSWERED = {
     "asked": "deepseek-v4-flash",
     "effort": "high",
 }
-EVERYTHING = """## A heading
+EVERYTHING = """### A heading
 
 A [link](https://example.com), `code`, ![a picture](https://example.com/x.png) and $x^2$.
 
@@ -40,6 +40,10 @@ def f(x):  # a comment
 | a | b |
 |---|---|
 | 1 | 2 |
+
+#### Below it
+
+# Above it
 
 $$\\int_0^1 x\\,dx$$
 """
@@ -75,7 +79,7 @@ def test_axe_finds_nothing_to_complain_about(
         page = tab.page
         assert violations(page) == [], "a new conversation"
         tab.open(conversation(chat))
-        page.locator("details.reasoning summary").click()
+        page.locator("details.reasoning summary").first.click()
         for figures in page.locator(".figures summary").all():
             figures.click()
         page.locator(".katex").first.wait_for()
@@ -156,7 +160,7 @@ def test_what_happens_is_told_to_those_who_do_not_see_it(tab: Tab) -> None:
     tab.finished()
     status = page.locator("[role=status]")
     eventually(lambda: status.inner_text() == "Answer: The answer is 7.")
-    headings = page.locator("#thread h3").all_inner_texts()
+    headings = page.locator("#thread h2").all_inner_texts()
     assert headings == ["You", "v4-scripted"]
 
 

@@ -8,6 +8,7 @@ talk to its own server, and nothing else: whatever a model writes, nothing runs 
 from __future__ import annotations
 
 from contextlib import aclosing
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..engine import SamplingParams
 from .backend import Backend, ChatRequest, ContentDelta
 from .conversations import ConversationBody, Conversations, Owner, conversation_routes
 from .models import FLASH, PRO, Models
+from .prices import PICO, PriceList
 from .wire import ApiError, read_json
 
 FILES = Path(__file__).parent / "web"
@@ -68,12 +70,20 @@ class _Files(StaticFiles):
 
 
 def add_page(
-    app: FastAPI, models: Models, conversations: Conversations, owner: Owner, *, keys: bool
+    app: FastAPI,
+    models: Models,
+    conversations: Conversations,
+    owner: Owner,
+    *,
+    keys: bool,
+    prices: PriceList | None = None,
 ) -> None:
     """Give ``app`` the page and its routes. ``owner`` says who asks, and refuses strangers.
 
-    ``keys`` tells the page that a key may be asked for.
+    ``keys`` tells the page that a key may be asked for; ``prices`` are what answers cost (default:
+    the package's list).
     """
+    prices = prices or PriceList()
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -85,7 +95,7 @@ def add_page(
             "version": version("dsv4"),
             "keys": keys,
             "titles": models.flash.model.knows_titles,
-            "prices": None,
+            "prices": _prices(prices),
             "choices": [
                 {"name": name, "model": model, "answers": _answers(models.route(model).backend)}
                 for name, model in CHOICES
@@ -122,6 +132,16 @@ def add_page(
     private.include_router(conversation_routes(conversations, owner))
     app.include_router(private)
     app.mount("/web", _Files(directory=FILES), name="web")
+
+
+def _prices(prices: PriceList) -> dict[str, dict[str, float]]:
+    """Dollars per million tokens, for the names the page asks for."""
+    today = datetime.now(timezone.utc)
+    listed = {model: prices.at(model, today) for _, model in CHOICES}
+    return {
+        model: {kind: getattr(p, kind) * 1e6 / PICO for kind in ("hit", "miss", "output")}
+        for model, p in listed.items()
+    }
 
 
 def _answers(backend: Backend) -> dict[str, Any]:

@@ -58,17 +58,22 @@ export class MarkdownView {
     this.blocks = []; // {html, node}
     this.kept = 0; // blocks that are finished
     this.offset = 0; // where in the text they end
+    this.outline = []; // the levels of the headings that are open there
   }
 
   update(text, final = false) {
-    if (final || text.length < this.offset) this.kept = this.offset = 0;
+    if (final || text.length < this.offset) {
+      this.kept = this.offset = 0;
+      this.outline = [];
+    }
     const tail = text.slice(this.offset);
     streaming = !final;
-    const blocks = topBlocks(tail);
+    const blocks = topBlocks(tail, this.outline);
     blocks.forEach(({ html }, i) => this.put(this.kept + i, html));
     for (const { node } of this.blocks.splice(this.kept + blocks.length)) node.remove();
     if (!final && blocks.length > 1) {
       this.kept += blocks.length - 1;
+      this.outline = blocks[blocks.length - 2].outline;
       this.offset += lineStart(tail, blocks[blocks.length - 1].line);
     }
   }
@@ -84,17 +89,25 @@ export class MarkdownView {
   }
 }
 
-function topBlocks(text) {
+// Headings are numbered below the message's own, without gaps; ``outline`` is what stands before.
+function topBlocks(text, outline) {
   const env = {};
+  let open = [...outline];
   const blocks = [];
   let group = [];
   let depth = 0;
   for (const token of md.parse(text, env)) {
     group.push(token);
+    if (token.type === "heading_open") {
+      const level = Number(token.tag.slice(1));
+      open = [...open.filter((l) => l < level), level];
+      token.attrSet("class", `level-${level}`);
+    }
+    if (token.type.startsWith("heading_")) token.tag = `h${Math.min(6, 2 + open.length)}`;
     depth += token.nesting;
     if (depth > 0) continue;
     const line = group[0].map ? group[0].map[0] : 0;
-    blocks.push({ html: md.renderer.render(group, md.options, env), line });
+    blocks.push({ html: md.renderer.render(group, md.options, env), line, outline: open });
     group = [];
   }
   return blocks;

@@ -19,7 +19,7 @@ export class MessageView {
     this.message = message;
     this.body = h("div.body");
     this.foot = h("footer");
-    this.heading = h("h3.visually-hidden");
+    this.heading = h("h2.visually-hidden");
     this.element = h(`article.message.${message.role}`, {}, this.heading, this.body, this.foot);
     this.update();
   }
@@ -106,7 +106,7 @@ export class MessageView {
           "details.call",
           { open: asking },
           h("summary", {}, icon("tool"), h("span", {}, "Called ", h("code", {}, call.function.name)), h("span.result", {}, result === undefined ? "" : oneLine(result)), icon("forward")),
-          h("div.call-body", {}, h("h4", {}, "Arguments"), codeBlock(pretty(call.function.arguments), "json"), result === undefined ? null : [h("h4", {}, "Result"), codeBlock(result, looksLikeJson(result) ? "json" : "")], asking ? resultForm(call, (text) => page.result(conversation, message, call, text)) : null),
+          h("div.call-body", {}, h("p.part", {}, "Arguments"), codeBlock(pretty(call.function.arguments), "json"), result === undefined ? null : [h("p.part", {}, "Result"), codeBlock(result, looksLikeJson(result) ? "json" : "")], asking ? resultForm(call, (text) => page.result(conversation, message, call, text)) : null),
         );
       }),
     );
@@ -200,7 +200,7 @@ function resultForm(call, send) {
     event.preventDefault();
     send(area.value);
   };
-  return h("form.result-form", { onsubmit: submit }, h("h4", {}, "What does it return?"), area, h("button.primary", {}, "Send result"));
+  return h("form.result-form", { onsubmit: submit }, h("p.part", {}, "What does it return?"), area, h("button.primary", {}, "Send result"));
 }
 
 // ------------------------------------------------------------------- figures of an answer
