@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,6 +14,7 @@ from dsv4 import kernels
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
 from dsv4.engine import Engine, Generation, SamplingParams, Token
+from dsv4.engine.disk import DiskTier
 from dsv4.synth import synthesize
 
 pytestmark = pytest.mark.skipif(
@@ -129,3 +131,17 @@ def test_cancelled_neighbours_leave_no_trace(
             else:
                 kept.append(generation)
         same(kept, alone[:16:2])
+
+
+def test_after_a_restart_with_a_disk(
+    model: dsv4.Model, requests: list[Request], alone: list[list[Token]], tmp_path: Path
+) -> None:
+    some = range(0, 40, 3)
+    for start in range(3):
+        tier = DiskTier(tmp_path, model.fingerprint(), 1 << 30)
+        with Engine(model, step_tokens=200, disk=tier) as engine:
+            running = [engine.submit(*requests[i]) for i in some]
+            same(running, [alone[i] for i in some])
+        hits = [generation.usage.reuse.disk for generation in running]
+        assert tier.failures == 0
+        assert sum(hits) > 300 if start else not any(hits)

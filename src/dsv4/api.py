@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from .config import V4Config
 from .engine.sample import SamplingParams, sample
 from .engine.session import Runner, Session, check_ids
 from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
+from .kernels import NATIVE
 from .model import Numerics, Pass, Transformer, check_numerics, numerics
 from .tokenizer import Tokenizer
 
@@ -71,6 +73,7 @@ class Model:
         self.tokenizer = tokenizer
         self.numerics = nx.name
         self._net, self._nx = net, nx
+        self._checkpoint: Checkpoint | None = None
 
     @property
     def net(self) -> Transformer:
@@ -86,7 +89,19 @@ class Model:
         net.load_weights(checkpoint.names(), checkpoint.tensor)
         file = checkpoint.path / "tokenizer.json"
         tokenizer = Tokenizer.load(file) if file.exists() else None
-        return cls(net, nx, checkpoint.path.resolve().name, tokenizer)
+        model = cls(net, nx, checkpoint.path.resolve().name, tokenizer)
+        model._checkpoint = checkpoint
+        return model
+
+    def fingerprint(self) -> str:
+        """64 hex digits of all that its numbers depend on: weights, numerics, kernels.
+
+        ConfigError for a model that does not come from files.
+        """
+        if self._checkpoint is None:
+            raise ConfigError(f"{self.name} has no files", hint="save_checkpoint, then load")
+        parts = self._checkpoint.fingerprint(), self.numerics, "native" if NATIVE else "reference"
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def __repr__(self) -> str:
         total, active, _ = self.config.parameter_counts()

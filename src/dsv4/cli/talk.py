@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from .app import (
 )
 
 if TYPE_CHECKING:
+    from ..api import Model
     from ..engine import SamplingParams
 
 
@@ -41,6 +43,10 @@ def serve(
     cache_gb: Annotated[
         float, typer.Option(help="Memory for what requests compute and later ones reuse, in GB.")
     ] = 4.0,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep it here too, for when the server starts again.")
+    ] = None,
+    cache_dir_gb: Annotated[float, typer.Option(help="How much of it, in GB.")] = 20.0,
     pro: Annotated[
         str | None,
         typer.Option(help="Another model, for deepseek-v4-pro (Expert). Default: the same."),
@@ -65,6 +71,7 @@ def serve(
       dsv4 serve ./my-model --port 9000 --api-key secret
     """
     from ..api import load
+    from ..engine.disk import DiskTier
     from ..server import LocalBackend, create_app
     from ..server.process import listen, run
 
@@ -78,8 +85,15 @@ def serve(
         "memory_bytes": int(cache_gb * 1e9),
         "context_length": context,
     }
-    backend = LocalBackend(loaded, **options)
-    expert = LocalBackend(load(pro, numerics=numerics), **options) if pro else None
+
+    def backend_of(model: Model) -> LocalBackend:
+        disk = None
+        if cache_dir is not None:
+            disk = DiskTier(cache_dir, model.fingerprint(), int(cache_dir_gb * 1e9))
+        return LocalBackend(model, **options, disk=disk)
+
+    backend = backend_of(loaded)
+    expert = backend_of(load(pro, numerics=numerics)) if pro else None
     application = create_app(
         backend,
         pro=expert,

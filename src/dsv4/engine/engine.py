@@ -24,6 +24,7 @@ import torch
 
 from ..config import V4Config
 from ..errors import ConfigError, ContextLengthError, DSV4Error, RequestError
+from .disk import DiskTier
 from .kvstate import GRAIN
 from .prefix import Lease, PrefixCache, Reuse
 from .sample import MAX_OUTPUT, Guide, Logprob, SamplingParams, logprob, sample
@@ -31,6 +32,7 @@ from .scheduler import Job, Scheduler
 from .session import Part
 
 AUDIT = 256  # blocks that are looked at when there is nothing else to do
+SAVE_EVERY = 16 * GRAIN  # tokens between cuts on disk, beside those where messages end
 log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -218,6 +220,7 @@ class Engine:
                         prefix cache
     ``context_length``  tokens of prompt and answer together; None = what the config promises, and
                         what fits into the memory
+    ``disk``            keeps what is computed for later processes too; closed with the engine
     ``clock``           seconds, monotonic; injected so that tests need no waiting
 
     Close it (or use ``with``): the worker ends and unfinished requests are "cancelled".
@@ -232,6 +235,7 @@ class Engine:
         step_tokens: int = 512,
         memory_bytes: int = 4 << 30,
         context_length: int | None = None,
+        disk: DiskTier | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._runner = model, model.runner()
@@ -252,7 +256,7 @@ class Engine:
         limit = context_length or model.config.max_position_embeddings
         self.context_length = min(limit, room)
         self._max_waiting = max_waiting
-        self._clock = clock
+        self._clock, self._disk = clock, disk
         self._cache = PrefixCache(memory_bytes, self._runner.block_bytes)
         self._wake = threading.Condition()
         self._arrived: deque[_Request] = deque()
@@ -354,6 +358,8 @@ class Engine:
                 self._requests.setdefault(request.job, request)
                 self._let_go(request)
                 self._retire(request, "cancelled")
+            if self._disk is not None:
+                self._disk.close()
 
     def _sleep_until_work(self) -> bool:
         """Block while there is nothing to do; False when the engine closes."""
@@ -400,6 +406,14 @@ class Engine:
         if request.state is not None and reuse.hit <= request.state.length:
             self._cache.release(lease)
             return
+        if self._disk is not None and reuse.hit < len(request.tokens) - 1:
+            found = self._disk.find(request.tokens, reuse.hit, blocks)
+            if found is not None:
+                self._cache.keep(lease, request.tokens, found.blocks, [found.cut])
+                self._cache.release(lease)
+                before = reuse.hit
+                lease, blocks, cut, reuse = self._cache.find(request.tokens)
+                reuse = replace(reuse, disk=reuse.hit - before)
         known = request.reuse
         if known is None:
             request.reuse = reuse
@@ -432,6 +446,9 @@ class Engine:
         if here and request.lease is not None:
             cuts = [state.cut(at) for at in sorted(here)]
             self._cache.keep(request.lease, request.tokens, state.blocks, cuts, ends)
+            if self._disk is not None:
+                lasting = [c for c in cuts if c.position in ends or c.position % SAVE_EVERY == 0]
+                self._disk.save(request.tokens, state.blocks, lasting)
 
     # ------------------------------------------------------------------ run and commit
 

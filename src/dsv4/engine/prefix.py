@@ -59,12 +59,15 @@ class Reuse:
     ``between``  were computed before and their rows are here, but no cut: the last one is earlier
     ``dropped``  were computed before and dropped for want of memory
     ``new``      are not known to follow what is before them (the last token always counts here)
+
+    ``disk``: of the hit, how many were read from disk.
     """
 
     hit: int = 0
     between: int = 0
     dropped: int = 0
     new: int = 0
+    disk: int = 0
 
     def more(self, hit: int) -> Reuse:
         """The same prompt after so many more of its tokens were found computed."""
@@ -72,7 +75,7 @@ class Reuse:
         for i, count in enumerate(counts):
             counts[i] -= min(count, left)
             left -= count - counts[i]
-        return Reuse(self.hit + hit, counts[2], counts[1], counts[0])
+        return Reuse(self.hit + hit, counts[2], counts[1], counts[0], self.disk)
 
 
 class _Node:
