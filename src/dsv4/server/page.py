@@ -56,8 +56,8 @@ TITLE_TOKENS, TITLE_LENGTH = 32, 80
 EXAMPLES = {
     "v4-nano": (
         "What is 47 + 38?",
-        "Good morning! How are you?",
-        "Write the name and the age as JSON: Ella is 31 years old.",
+        "Hello! What can you do?",
+        "What is the capital of France?",
     )
 }
 

@@ -201,11 +201,12 @@ class Page {
   }
 
   toggleSidebar(shown = !byId("app").classList.contains("with-sidebar"), focus = true) {
+    const before = byId("app").classList.contains("with-sidebar");
     byId("app").classList.toggle("with-sidebar", shown);
     byId("sidebar").inert = !shown;
     byId("menu").setAttribute("aria-expanded", String(shown));
     byId("main").inert = shown && narrow.matches;
-    if (focus && narrow.matches) byId(shown ? "search" : "menu").focus();
+    if (focus && narrow.matches && shown !== before) byId(shown ? "search" : "menu").focus();
   }
 
   // ------------------------------------------------------------------------------- acting

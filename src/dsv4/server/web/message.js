@@ -126,7 +126,12 @@ export class MessageView {
     if (!step) actions.push(copyButton(text, user ? "Copy message" : "Copy answer"));
     if (!user && !step) actions.push(iconButton("retry", "Answer again", () => page.retry(conversation, message), { disabled: busy }));
     if (!step) actions.push(iconButton("edit", user ? "Edit message" : "Edit answer", () => this.edit(), { disabled: busy }));
-    this.foot.replaceChildren(branches(conversation, message, (m) => page.select(conversation, m)) ?? "", h("div.actions", {}, actions), user ? "" : (facts(message, page.about) ?? ""));
+    const parts = [
+      branches(conversation, message, (m) => page.select(conversation, m)),
+      actions.length ? h("div.actions", {}, actions) : null,
+      user ? null : facts(message, page.about),
+    ];
+    this.foot.replaceChildren(...parts.filter(Boolean));
   }
 
   // Editing never overwrites: what was there stays as another branch.
