@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,7 @@ class ScriptedModel:
     """
 
     name = "v4-scripted"
+    folder: Path | None = None
     numerics = "none"
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from scripted_models import ScriptedModel, one_torch_thread, small_tokenizer  # 
 
 from dsv4.completion import ContentDelta as ParsedContent
 from dsv4.completion import StreamingParser
-from dsv4.encoding import ASSISTANT, DSML, THINK, USER
+from dsv4.encoding import ASSISTANT, BOS, DSML, THINK, USER
 from dsv4.server import LocalBackend
 from dsv4.server.backend import ContentDelta, Finish, ScriptedBackend, Usage
 
@@ -163,14 +164,34 @@ def test_05_a_call_before_the_end_of_thinking_is_made_and_a_quoted_one_is_not(sa
     assert "tool_calls" not in said(answer) and said(answer)["content"] == "Fine."
 
 
-def test_06_effort_tiers_are_those_of_the_weights(say: Say) -> None:
-    """These weights: no text for high, the maximum text for max; and each a prompt of its own."""
-    prompts = {}
-    for effort in ("low", "high", "xhigh", "max"):
-        chat(say("a</think>b"), reasoning_effort=effort)
-        prompts[effort] = prompt(say(""))
-    assert prompts["low"] == prompts["high"] and prompts["xhigh"] == prompts["max"]
-    assert "Absolute maximum" in prompts["max"] and "Absolute maximum" not in prompts["high"]
+LATER_ENCODER = """
+import nothing_that_exists
+HIGH = "Reasoning Effort: Absolute maximum, in this checkpoint's words.\\n\\n"
+MOST = "Reasoning Effort: Beyond maximum, in this checkpoint's words.\\n\\n"
+"""
+
+
+def test_06_effort_tiers_are_those_of_the_weights(tmp_path: Path) -> None:
+    """A checkpoint's own encoder says which table is its; the file is read, not run."""
+    (tmp_path / "encoding").mkdir()
+    (tmp_path / "encoding" / "encoding_dsv4.py").write_text(LATER_ENCODER, encoding="utf-8")
+    for folder, tiers in (
+        (None, {"low": "", "medium": "", "high": "", "xhigh": "Absolute", "max": "Absolute"}),
+        (tmp_path, {"low": "", "medium": "Absolute", "high": "Absolute", "xhigh": "Absolute",
+                    "max": "Beyond"}),
+    ):  # fmt: skip
+        model = ScriptedModel(small_tokenizer())
+        model.folder = folder
+        prompts: list[str] = []
+        model.script = lambda prompt: prompts.append(prompt) or "a</think>b"  # type: ignore[func-returns-value]  # noqa: B023
+        with Server(LocalBackend(model)) as server:
+            for effort, text in tiers.items():
+                prompts.clear()
+                chat(server, reasoning_effort=effort)
+                said_first = prompts[0].removeprefix(BOS)
+                asks = f"Reasoning Effort: {text}" if text else USER
+                assert said_first.startswith(asks), (folder, effort)
+                assert ("this checkpoint's words" in said_first) is bool(folder and text)
 
 
 @pytest.mark.parametrize(

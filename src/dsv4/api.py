@@ -93,6 +93,11 @@ class Model:
         model._checkpoint = checkpoint
         return model
 
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are, if it comes from files."""
+        return self._checkpoint.path if self._checkpoint else None
+
     def fingerprint(self) -> str:
         """64 hex digits of all that its numbers depend on: weights, numerics, kernels.
 

@@ -62,6 +62,7 @@ __all__ = [
     "FIM_END",
     "FIM_HOLE",
     "LATEST_REMINDER",
+    "MAX_EFFORT",
     "PAD",
     "SPECIAL_TOKENS",
     "TASKS",
@@ -110,7 +111,7 @@ EFFORTS: dict[str, tuple[str, str | None]] = {
 }
 """Public effort -> (``thinking_mode``, ``reasoning_effort``) of the April 2026 weights."""
 
-_MAX_EFFORT = """\
+MAX_EFFORT = """\
 Reasoning Effort: Absolute maximum with no shortcuts permitted.
 You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve \
 the root cause, rigorously stress-testing your logic against all potential paths, edge cases, and \
@@ -232,7 +233,7 @@ def encode_segments(
     for i, (_, is_new) in enumerate(rendered):
         if is_new:
             if i == 0 and turns.thinking and reasoning_effort == "max":
-                out.template(_MAX_EFFORT)
+                out.template(MAX_EFFORT)
             _render_message(out, turns, i)
     return out.pieces
 

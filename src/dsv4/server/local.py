@@ -34,6 +34,7 @@ from .backend import (
     ToolCall,
     Usage,
 )
+from .efforts import efforts_of
 from .guide import GuideMaker
 from .replay import Replay, Turn, digest, read_arguments
 from .wire import Closing
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from ..api import Model
     from ..engine.sample import Guide
     from ..tokenizer import StreamingDecoder, Tokenizer
-
-# What an asked effort means to the April 2026 weights (the table belongs to the weights).
-_EFFORTS = {"none": "off", "xhigh": "max", "max": "max", "ultra": "max"}
 
 
 class LocalBackend:
@@ -65,6 +63,7 @@ class LocalBackend:
         self.engine = Engine(model, **engine_options)
         self.model = describe(model, self.engine.context_length)
         self.guides = GuideMaker(model.tokenizer)
+        self.efforts = efforts_of(model.folder)
         self.replay = Replay()
         self.counters = Counters()
 
@@ -123,24 +122,25 @@ class _Answer:
         self._continues = bool(messages[-1].get("wo_eos"))
         self._history = digest(messages)
         backend.replay.restore(request.namespace, messages, tokenizer)
-        mode, effort = encoding.EFFORTS[_EFFORTS.get(request.effort, "high")]
-        segments = encoding.encode_segments(
+        mode, effort_text = backend.efforts.of(request.effort)
+        rest = encoding.encode_segments(
             messages,
             mode,
             # as the hosted service: reasoning that led to a tool call stays in view
             drop_thinking=not any(m.get("tool_calls") for m in messages),
-            reasoning_effort=effort,
+            add_default_bos_token=False,
         )
+        segments = [(encoding.BOS + effort_text, True), *rest]
         self.prompt = tokenizer.encode_segments(segments)
-        inside = encoding.generation_mode("".join(text for text, _ in segments))
-        self._reasons = inside == "thinking"
+        self._inside = encoding.generation_mode("".join(text for text, _ in segments))
+        self._reasons = self._inside == "thinking"
         self._end_think = tokenizer.special_id(encoding.END_THINK)
         self._guide: Guide | None = backend.guides.make(request, self._tools, self._reasons)
         self._held = self._guide is not None and (
             request.schema is not None or request.tool_choice == "required"
         )
         choice = "auto" if request.tool_choice == "none" else request.tool_choice
-        self._parser = encoding.StreamingParser(inside, self._tools, choice)
+        self._parser = encoding.StreamingParser(self._inside, self._tools, choice)
         self._decoder = tokenizer.stream()
         self._stops = StopStrings(request.stop)
         self._scores = _Scores(tokenizer)
@@ -209,13 +209,17 @@ class _Answer:
 
     def _is_empty(self) -> bool:
         """Whether the model ended without a word where a word was due."""
-        if self._retried or self._held or self._continues:
+        if self._retried or self._held or self._continues or self._calls:
+            return False
+        if any(map(str.strip, self._content)):
             return False
         if self.generation.finish_reason != "stop":
             return False
-        special = self._scores.special
-        words = [t for t in self._said if t not in special]
-        return not self._backend.tokenizer.decode(words).strip()
+        text = self._backend.tokenizer.decode(self.generation.tokens)
+        message = encoding.parse_completion(
+            text, self._inside, tools=self._tools, tool_choice=self._request.tool_choice
+        )
+        return not (message["tool_calls"] or message["content"].strip())
 
     def _try_again(self) -> None:
         """Answer once more from where the reasoning ended; the first token is to be seen."""
