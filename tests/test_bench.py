@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dsv4 import bench, bench_layers, kernels
+from dsv4 import bench, bench_cache, bench_layers, kernels
 from dsv4.bench_layers import KINDS
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
@@ -182,3 +182,17 @@ def test_training_takes_the_memory_that_was_planned(recompute: bool) -> None:
     report = json.loads(done.stdout)
     real = report["engines"]["dsv4"]["peak_bytes"]
     assert report["planned_peak_bytes"] == pytest.approx(real, rel=0.15)
+
+
+def test_bench_cache_computes_only_what_is_new(folder: Path) -> None:
+    report = bench_cache.run(folder, prompt=700, threads=1)
+    cases = {case["name"]: case for case in report["cases"]}
+    computed = {name: case["computed"] for name, case in cases.items()}
+    assert computed["cold"] == 700 and computed["regenerated"] == 1
+    assert computed["appended"] <= bench_cache.APPENDED + 1
+    assert 350 <= computed["edited"] <= 350 + 127
+    assert computed["restarted"] == 1
+    # each turn: what the user says, and what is left of the answer before it
+    assert computed["chat"] <= bench_cache.TURNS * (700 // 20 + bench_cache.ANSWER)
+    assert cases["chat"]["prompt"] > 5 * computed["chat"]
+    assert all(case["seconds"] > 0 for case in cases.values())

@@ -199,6 +199,55 @@ def bench_layers(
     console.print(_machine_line(report["machine"]), highlight=False)
 
 
+@bench_app.command("cache")
+def bench_cache(
+    model: Annotated[
+        str | None, typer.Argument(help="v4-nano (default), or a checkpoint folder.")
+    ] = None,
+    synth: Annotated[
+        str | None, typer.Option(help="A random model of this shape instead: small or mid.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=4)] = 8192,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """What is computed again when a prompt comes back, edited, longer, or after a restart.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench cache
+      dsv4 bench cache --synth small --json
+    """
+    from ..bench_cache import run
+
+    if model is not None and synth is not None:
+        raise ConfigError("bench measures one model", expected="MODEL or --synth", got="both")
+    report = run(
+        model or "v4-nano", synth=synth, prompt=prompt, threads=threads, say=_progress
+    )
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['model']}, a prompt of {prompt} tokens", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for column in ("prompt tokens", "computed", "first token, s", "sooner"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for case in report["cases"]:
+        sooner = "" if case["sooner"] is None else f"{case['sooner']:.1f} x"
+        table.add_row(
+            case["name"], f"{case['prompt']:,}", f"{case['computed']:,}",
+            f"{case['seconds']:.3f}", sooner,
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(_machine_line(report["machine"]), highlight=False)
+
+
 @bench_app.command("train")
 def bench_train(
     shape: Annotated[str, typer.Argument(help="25m, or nano.")] = "25m",
