@@ -99,9 +99,9 @@ def arithmetic(
     turns: int | None = None,
     thinking: bool | None = None,
 ) -> Document:
-    """Additions and subtractions of two numbers; with thinking one, otherwise 1 to 3 in turn."""
+    """Additions and subtractions of two numbers; with thinking one, otherwise 1 to 8 in turn."""
     thinking = rng.random() < 0.65 if thinking is None else thinking
-    turns = turns or (1 if thinking else rng.choice((1, 1, 2, 3)))
+    turns = turns or (1 if thinking else rng.choice((1, 2, 4, 8)))
     messages, facts, answer = system(rng, 0.15), [], ""
 
     def sample() -> tuple[int, int]:
@@ -169,7 +169,7 @@ def addition(
     Without thinking there are many, as practice needs: in turn, or all in one question.
     """
     thinking = rng.random() < 0.3 if thinking is None else thinking
-    count = turns or (1 if thinking else rng.randint(2, 12))
+    count = turns or (1 if thinking else rng.randint(4, 20))
     top = digits or (4 if rng.random() < 0.7 else rng.randint(2, 3))
     low = 10 ** (top - 1)
 
