@@ -73,8 +73,8 @@ class Chat(Server):
 class Tab:
     """A page that keeps a record of what it asked for, and of what it complained about."""
 
-    def __init__(self, page: Page, chat: Chat) -> None:
-        self.page, self.chat = page, chat
+    def __init__(self, page: Page, server: Server) -> None:
+        self.page, self.server = page, server
         self.requests: list[str] = []
         self.complaints: list[str] = []
         page.set_default_timeout(PATIENCE)
@@ -82,15 +82,20 @@ class Tab:
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", lambda m: m.type == "error" and self.complaints.append(m.text))
 
+    @property
+    def chat(self) -> Chat:
+        assert isinstance(self.server, Chat)
+        return self.server
+
     def _asked(self, request: Request) -> None:
         self.requests.append(request.url)
 
     def strangers(self) -> list[str]:
         """What was asked of anyone but the server."""
-        return [u for u in self.requests if not u.startswith(self.chat.url + "/")]
+        return [u for u in self.requests if not u.startswith(self.server.url + "/")]
 
     def open(self, conversation: str = "") -> Tab:
-        self.page.goto(f"{self.chat.url}/#{conversation}")
+        self.page.goto(f"{self.server.url}/#{conversation}")
         self.page.locator("#app:not([hidden])").wait_for()
         if conversation:
             self.page.locator("article").first.wait_for()

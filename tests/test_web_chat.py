@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from browser import Chat, Tab, browser, chat, context, eventually, running_chat, says, tab
-from playwright.sync_api import Browser
+from live_server import Server
+from playwright.sync_api import Browser, BrowserContext
 from scripted_models import one_torch_thread
 
+from dsv4.api import load
 from dsv4.encoding import DSML, TASKS
+from dsv4.server import LocalBackend
 
 __all__ = ["browser", "chat", "context", "one_torch_thread", "running_chat", "tab"]  # fixtures
 
@@ -384,6 +388,21 @@ def test_a_server_with_a_key_asks_for_it(browser: Browser, chat: Chat) -> None:
         again = Tab(context.new_page(), guarded).open()
         again.page.locator("#conversations li").wait_for()
         assert again.page.locator("dialog").count() == 0
+
+
+def test_v4_nano_itself_answers_and_is_named(context: BrowserContext) -> None:
+    """Nothing scripted: the model of the package, from its weights to the page."""
+    with Server(LocalBackend(load("v4-nano"))) as server:
+        tab = Tab(context.new_page(), server).open()
+        page = tab.page
+        assert page.locator("#welcome h2").inner_text() == "Ask v4-nano"
+        page.get_by_role("button", name="What is 47 + 38?").click()
+        tab.finished()
+        assert page.locator("article.assistant h2").inner_text() == "v4-nano"
+        assert re.fullmatch(r"47 \+ 38 = \d+\.", tab.answers()[0].strip())
+        page.locator("details.reasoning summary").click()
+        assert page.locator(".thoughts").inner_text()
+        assert not tab.complaints and not tab.strangers()
 
 
 STREAMED = """async ([text, cuts]) => {
