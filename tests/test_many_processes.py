@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import dsv4
+from dsv4.config import V4Config
+from dsv4.planner import training_bytes
 from dsv4.train.distributed import Ranks, divided
 from dsv4.train.runfiles import read_log
 
@@ -49,6 +52,12 @@ def train(
     text = "".join(f"[[stages]]\nsteps = {n}\n" for n in stages)
     recipe.write_text(f"{TOML}num_experts_per_tok = {chosen}\n{text}")
     program = ["-m", "dsv4.train", str(recipe), "--out", str(folder / "run")]
+    start([*program, "--expert-parallel", str(experts)], processes)
+    return [line["loss"] for line in read_log(folder / "run") if "loss" in line]
+
+
+def start(program: list[str], processes: int) -> list[str]:
+    """What each of so many processes prints."""
     started = []
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -56,10 +65,13 @@ def train(
     for rank in range(processes):
         more = {"RANK": str(rank), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
         more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, *program, "--expert-parallel", str(experts)]
-        started.append(subprocess.Popen(command, env=os.environ | more))
-    assert [p.wait() for p in started] == [0] * processes
-    return [line["loss"] for line in read_log(folder / "run") if "loss" in line]
+        command = [sys.executable, *program]
+        started.append(
+            subprocess.Popen(command, env=os.environ | more, stdout=subprocess.PIPE, text=True)
+        )
+    printed = [p.communicate()[0] for p in started]
+    assert [p.returncode for p in started] == [0] * processes
+    return printed
 
 
 @pytest.mark.slow
@@ -89,6 +101,36 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert train(folder, [2, 2, 2], 2, 1) == pytest.approx(whole, rel=1e-5)
     exported = (folder / "run" / "parent" / "model.safetensors").stat().st_size
     assert exported == (tmp_path / "whole/run/parent/model.safetensors").stat().st_size
+
+
+OWNED = """
+import json
+from dsv4.config import V4Config
+from dsv4.model import Transformer
+from dsv4.config import V4Config
+from dsv4.planner import training_bytes
+from dsv4.train.distributed import Ranks
+from dsv4.train.optim import MuonAdamW, OptimSettings
+with Ranks({experts}) as ranks:
+    net = Transformer(V4Config.preset("nano"))
+    net.init_weights()
+    ranks.divide(net)
+    owned = ranks.owned(net)
+    state = MuonAdamW(net.named_parameters(), OptimSettings(), owned.__contains__).state
+    held = [name for name, p in net.named_parameters() if p.requires_grad]
+    print(json.dumps([sorted(owned), held, sum(t.nbytes for t in state.values())]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [1, 2])
+def test_every_parameter_has_one_owner_that_remembers_for_the_optimizer(experts: int) -> None:
+    ranks = [json.loads(x) for x in start(["-c", OWNED.format(experts=experts)], 2)]
+    (mine, held, state), (yours, held_too, other_state) = ranks
+    assert not set(mine) & set(yours) and {*mine, *yours} == {*held, *held_too}
+    assert (held == held_too) == (experts == 1)
+    assert state + other_state == training_bytes(V4Config.preset("nano")).optimizer
+    assert 0.5 < state / other_state < 2
 
 
 def test_work_is_divided_evenly() -> None:

@@ -4,8 +4,8 @@ Started by torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MAS
 ranks form a mesh ``[data, expert]``. Every rank takes its own samples of each batch. Parameters
 are the same on all ranks, except that the routed experts are divided along ``expert``: a rank
 holds every n-th, and tokens travel to their experts and back (all-to-all). Gradients are summed
-over the ranks that hold a parameter. AdamW's updates are cheap and done by each of them; of
-Muon's matrices each is updated by one rank, which then tells the others. Nothing here knows the
+over the ranks that hold a parameter. Each parameter, matrices whole, is updated by one rank, which
+alone has the optimizer's state of it and then tells the others. Nothing here knows the
 transport: torch.distributed chooses one for the devices there are.
 """
 
@@ -128,19 +128,19 @@ class Ranks:
                 block.ffn = DividedMoE(block.ffn, group)
 
     def owned(self, net: Transformer) -> set[str]:
-        """The matrices that this rank updates: about as much work as the others have."""
+        """The parameters that this rank updates: about as much work as the others have."""
         if self.mesh is None:
-            return set(_matrices(net))
+            return set(_trained(net))
         owned = set()
-        for group, names in self._by_group(_matrices(net)).items():
+        for group, names in self._by_group(_trained(net)).items():
             for name, owner in zip(names, self._owners(group, names), strict=True):
                 if owner == group.rank():
                     owned.add(name)
         return owned
 
     def tell_updates(self, net: Transformer) -> None:
-        """Give every matrix to all its holders, from the one that has updated it."""
-        for group, names in self._by_group(_matrices(net)).items():
+        """Give every parameter to all its holders, from the one that has updated it."""
+        for group, names in self._by_group(_trained(net)).items():
             owners = self._owners(group, names)
             for rank in range(group.size()):
                 mine = [t for t, owner in zip(names.values(), owners, strict=True) if owner == rank]
@@ -182,8 +182,10 @@ class Ranks:
         return groups
 
     @staticmethod
-    def _owners(group: dist.ProcessGroup, matrices: Mapping[str, Tensor]) -> list[int]:
-        work = [min(t.shape) * t.numel() for t in matrices.values()]  # of Newton-Schulz
+    def _owners(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> list[int]:
+        work = [  # Newton-Schulz, or AdamW
+            t.numel() * (min(t.shape) if uses_muon(name, t) else 1) for name, t in tensors.items()
+        ]
         return divided(work, group.size())
 
 
@@ -197,8 +199,8 @@ def divided(sizes: Sequence[int], parts: int) -> list[int]:
     return owner
 
 
-def _matrices(net: Transformer) -> dict[str, Tensor]:
-    return {n: p.data for n, p in net.named_parameters() if p.requires_grad and uses_muon(n, p)}
+def _trained(net: Transformer) -> dict[str, Tensor]:
+    return {name: p.data for name, p in net.named_parameters() if p.requires_grad}
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -170,7 +170,7 @@ class Run:
         self.spikes.add(parts["loss"])
         shown: dict[str, Any] = {}
         if line_due:
-            shown = {"grad_rms": sizes.values(), "update_rms": updates.values()}
+            shown = {"grad_rms": sizes.values(), "update_rms": updates.values(self.ranks.summed)}
             shown |= probe(self.net, self.ranks.parts(batch)[0], objective.numerics)
         self._ahead.popleft()
         self.step += 1

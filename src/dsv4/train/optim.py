@@ -65,9 +65,9 @@ class MuonAdamW:
     """Updates the trainable parameters of a model in place.
 
     Matrices of one shape are orthogonalised as one batch; each is a logical matrix of its own.
-    ``owns`` says which matrices are updated here; the others are somebody else's (ranks share
-    Muon's work). ``state`` holds everything needed to go on bit for bit, by parameter name: ``.m``
-    the first moment, and for AdamW ``.v`` the second and ``.t`` the number of updates.
+    ``owns`` says which parameters are updated here; the others are somebody else's (ranks share
+    the work and the state). ``state`` holds everything needed to go on bit for bit, by parameter
+    name: ``.m`` the first moment, and for AdamW ``.v`` the second and ``.t`` the number of updates.
     """
 
     def __init__(
@@ -81,16 +81,14 @@ class MuonAdamW:
         self._adam: list[tuple[str, nn.Parameter]] = []
         self.state: dict[str, Tensor] = {}
         for name, p in named:
-            if not p.requires_grad:
+            if not (p.requires_grad and owns(name)):
                 continue
-            if not (settings.muon and uses_muon(name, p)):
+            if settings.muon and uses_muon(name, p):
+                self._muon[p.shape].append((name, p))
+            else:
                 self._adam.append((name, p))
                 self.state[name + ".v"] = torch.zeros_like(p)
                 self.state[name + ".t"] = torch.zeros((), dtype=torch.int64)
-            elif owns(name):
-                self._muon[p.shape].append((name, p))
-            else:
-                continue
             self.state[name + ".m"] = torch.zeros_like(p)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -31,22 +31,22 @@ PROBE_TOKENS = 512
 
 def group_of(name: str) -> str:
     """The part of the model a parameter belongs to, as plots name it."""
-    for part, group in {
-        "hc_": "mHC",
-        ".indexer.": "indexer",
-        ".compressor.": "compressor",
-        "norm.weight": "norms",
-        ".gate.": "router",
-        ".experts.": "experts",
-        "shared_experts.": "shared experts",
-        "_proj.": "MTP projections",
-        ".attn.": "attention",
-        "embed": "embedding",
-        "tok_emb": "embedding",
-    }.items():
-        if part in name:
-            return group
-    return "head"
+    return next((group for part, group in _GROUPS.items() if part in name), "head")
+
+
+_GROUPS = {
+    "hc_": "mHC",
+    ".indexer.": "indexer",
+    ".compressor.": "compressor",
+    "norm.weight": "norms",
+    ".gate.": "router",
+    ".experts.": "experts",
+    "shared_experts.": "shared experts",
+    "_proj.": "MTP projections",
+    ".attn.": "attention",
+    "embed": "embedding",
+    "tok_emb": "embedding",
+}
 
 
 class GroupRMS:
@@ -61,8 +61,12 @@ class GroupRMS:
         self._squares[group] += float(value.square().sum())
         self._elements[group] += value.numel()
 
-    def values(self) -> dict[str, float]:
-        return {g: (s / self._elements[g]) ** 0.5 for g, s in self._squares.items()}
+    def values(self, summed: Callable[[list[float]], list[float]] = list) -> dict[str, float]:
+        """By part; ``summed`` adds up what several processes have seen."""
+        groups = sorted({*_GROUPS.values(), "head"})
+        sums = summed([*(self._squares[g] for g in groups), *(self._elements[g] for g in groups)])
+        pairs = zip(groups, sums[: len(groups)], sums[len(groups) :], strict=True)
+        return {g: (square / count) ** 0.5 for g, square, count in pairs if count}
 
 
 class Averages:
