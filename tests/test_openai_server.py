@@ -478,7 +478,7 @@ def test_refusals_have_the_hosted_shape_and_words(tiny: Server, body: Any, messa
 def test_a_body_that_is_too_large_is_refused(tiny: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv4.server.wire.MAX_BODY", 1000)
     response = tiny.post({"messages": [{"role": "user", "content": "x" * 2000}]})
-    assert response.status_code == 400 and "too large" in response.json()["error"]["message"]
+    assert response.status_code == 413 and "too large" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(("path", "status"), [("/v1/nothing", 404), ("/v1/chat/completions", 405)])
@@ -614,7 +614,7 @@ def test_a_client_that_leaves_stops_its_generation(
     server = scripted("word " * 5000, pause=0.002)
     body = json.dumps({"messages": HELLO, "stream": stream, **OFF}).encode()
     request = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         b"Content-Length: %d\r\n\r\n" % len(body)
     ) + body
     with socket.create_connection(("127.0.0.1", server.port)) as raw:

@@ -39,9 +39,10 @@ main()
 """
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(Path(__file__).parent),
+    "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))),
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "100",
+    "DSV4_DATABASE": "sqlite://",
 }
 
 
@@ -92,25 +93,62 @@ def test_serve_says_what_it_serves_and_answers() -> None:
         assert process.stdout and "curl " + url in process.stdout.read()
 
 
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_in_the_middle_of_an_answer(sig: signal.Signals) -> None:
+GO_ON = {
+    "messages": [{"role": "user", "content": "go on"}],
+    "thinking": {"type": "disabled"},
+    "stream": True,
+}
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_signal_ends_the_server_in_the_middle_of_an_answer(signals: list[signal.Signals]) -> None:
     with serving() as (process, url, _):
-        body = {
-            "messages": [{"role": "user", "content": "go on"}],
-            "thinking": {"type": "disabled"},
-            "stream": True,
-        }
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=GO_ON) as response:
             lines = response.iter_lines()
             next(lines)
             start = time.monotonic()
-            process.send_signal(sig)
+            for sig in signals:
+                process.send_signal(sig)
+                time.sleep(0.3)
             rest = [line for line in lines if line]
-        assert process.wait(10) == 0 and time.monotonic() - start < 5
+        assert process.wait(20) == 0 and time.monotonic() - start < 20
         assert rest[-1] == "data: [DONE]"
         last = json.loads(rest[-2].removeprefix("data: "))
         assert last["choices"][0]["finish_reason"] == "insufficient_system_resource"
         assert process.stderr and "Traceback" not in process.stderr.read()
+
+
+def test_sigterm_lets_open_answers_end_and_takes_no_new_ones() -> None:
+    with serving() as (process, url, _), httpx.Client() as other:
+        assert other.get(f"{url}/ready").status_code == 200
+        body = {**GO_ON, "max_tokens": 300}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            while (ready := other.get(f"{url}/ready")).status_code == 200:
+                pass
+            refused = other.post(f"{url}/v1/chat/completions", json=GO_ON)
+            alive = other.get(f"{url}/health")
+            rest = [line for line in lines if line]
+        assert ready.status_code == refused.status_code == 503 and alive.status_code == 200
+        assert refused.headers["retry-after"] == "1"
+        last = json.loads(rest[-2].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "length" and rest[-1] == "data: [DONE]"
+        assert last["usage"]["completion_tokens"] == 300
+        assert process.wait(20) == 0
+
+
+def test_an_answer_that_takes_too_long_to_drain_is_ended() -> None:
+    with serving("--drain", "0.5") as (process, url, _):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=GO_ON) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        last = json.loads(rest[-2].removeprefix("data: "))
+        assert last["choices"][0]["finish_reason"] == "insufficient_system_resource"
+        assert process.wait(20) == 0
 
 
 def test_a_taken_port_is_an_error_with_advice_before_the_model_is_loaded() -> None:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .app import Json, app
+from .app import DatabaseUrl, Json, app, open_database
 
 if TYPE_CHECKING:
     from ..server.accounts import Account
-    from ..server.database import Database
 
 keys = typer.Typer(
     help="Keys for the server: make, list, limit and revoke them.",
@@ -23,15 +22,6 @@ keys = typer.Typer(
 )
 app.add_typer(keys, name="keys")
 
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option(
-        "--database",
-        envvar="DSV4_DATABASE",
-        help="An SQLAlchemy URL. Default: a file in the user's data folder.",
-        show_default=False,
-    ),
-]
 Name = Annotated[str, typer.Argument(help="The name of a key, or its id.")]
 Requests = Annotated[
     str | None, typer.Option("--rpm", metavar="N", help="Requests in any 60 seconds; or none.")
@@ -67,7 +57,7 @@ def create(
     from ..server.accounts import Keys
 
     limits = _limits(rpm, tpm, concurrency, spend)
-    with _open(database) as opened:
+    with open_database(database) as opened:
         print(Keys(opened).create(name, **limits))
         if sys.stdout.isatty():
             print(f"(this key is shown once; its hash is in {opened.name})", file=sys.stderr)
@@ -78,7 +68,7 @@ def list_keys(database: DatabaseUrl = None, as_json: Json = False) -> None:
     """Show every key: its name, last characters, limits, and what it has spent."""
     from ..server.accounts import Keys
 
-    with _open(database) as opened:
+    with open_database(database) as opened:
         rows = [_described(account) for account in Keys(opened).list()]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -104,7 +94,7 @@ def revoke(name: Name, database: DatabaseUrl = None) -> None:
     """End a key, at once. What it used stays in the books, and its name is free again."""
     from ..server.accounts import Keys
 
-    with _open(database) as opened:
+    with open_database(database) as opened:
         account = Keys(opened).revoke(name)
     print(f"revoked {account.name} (sk-...{account.ending})")
 
@@ -132,7 +122,7 @@ def limit(
     from ..server.accounts import Keys
 
     limits = _limits(rpm, tpm, concurrency, spend)
-    with _open(database) as opened:
+    with open_database(database) as opened:
         row = _described(Keys(opened).limit(name, **limits))
     if as_json:
         print(json.dumps(row, indent=2))
@@ -177,7 +167,7 @@ def usage(
         raise ConfigError("--by", expected="day, caller, model or total", got=by)
     first = since.date() if since else None
     last = until.date() if until else None
-    with _open(database) as opened:
+    with open_database(database) as opened:
         Keys(opened)
         rows = ledger.usage(opened, groups, since=first, until=last)
         totals = ledger.usage(opened, (), since=first, until=last)
@@ -208,13 +198,6 @@ def usage(
             print("\n".join(problems) or "the books balance")
     if problems:
         raise typer.Exit(1)
-
-
-def _open(url: str | None) -> Database:
-    from ..server import ledger  # noqa: F401  declares its tables
-    from ..server.database import Database
-
-    return Database(url)
 
 
 def _limits(

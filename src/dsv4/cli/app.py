@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..server.database import Database
 
 app = typer.Typer(
     name="dsv4",
@@ -38,6 +41,22 @@ Context = Annotated[
     int | None,
     typer.Option(help="Largest prompt and answer, in tokens. Default: the model's.", min=2),
 ]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        envvar="DSV4_DATABASE",
+        help="An SQLAlchemy URL. Default: a file in the user's data folder.",
+        show_default=False,
+    ),
+]
+
+
+def open_database(url: str | None) -> Database:
+    from ..server import ledger  # noqa: F401  declares its tables
+    from ..server.database import Database
+
+    return Database(url)
 
 
 def use_threads(threads: int | None) -> None:

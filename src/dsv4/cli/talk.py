@@ -10,6 +10,7 @@ import typer
 
 from .app import (
     Context,
+    DatabaseUrl,
     ModelName,
     Numerics,
     Seed,
@@ -19,6 +20,7 @@ from .app import (
     TopP,
     app,
     checked_level,
+    open_database,
     use_threads,
 )
 
@@ -61,20 +63,50 @@ def serve(
         bool,
         typer.Option(help="When thinking, ignore temperature and top_p as the hosted API does."),
     ] = False,
+    database: DatabaseUrl = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="A price list (TOML). Default: V4's at its launch.")
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="A web site whose pages may use the server; may be repeated. * is any."),
+    ] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="Serve HTTPS with this PEM file.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Its private key, if not in it.")] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a reverse proxy, whose X-Forwarded-* headers are believed."),
+    ] = None,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that SIGTERM gives to open answers.", min=0)
+    ] = 30.0,
+    log: Annotated[bool, typer.Option(help="Log every request to stderr, as JSON.")] = True,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log what is asked, too.")
+    ] = False,
 ) -> None:
     """Serve a model over HTTP, with the chat completions API of DeepSeek and OpenAI.
+
+    Without a key only this machine is served, and needs none: see dsv4 keys.
 
     [bold]Examples[/bold]
 
     \b
       dsv4 serve
       dsv4 serve ./my-model --port 9000 --api-key secret
+      dsv4 keys create phone && dsv4 serve --host 0.0.0.0
     """
     from ..api import load
     from ..engine.disk import DiskTier
     from ..server import LocalBackend, create_app
-    from ..server.process import listen, run
+    from ..server.accounts import Keys, is_loopback
+    from ..server.prices import PriceList
+    from ..server.process import check_tls, listen, run
 
+    check_tls(tls_cert, tls_key)
+    price_list = PriceList(prices)
+    opened = open_database(database)
+    Keys(opened).check_exposure(host, api_key)
     sock = listen(host, port)  # before the model is loaded, which may take long
     port = sock.getsockname()[1]
     loaded = load(model, numerics=numerics)
@@ -97,20 +129,35 @@ def serve(
     application = create_app(
         backend,
         pro=expert,
+        database=opened,
+        prices=price_list,
         api_key=api_key,
+        keyless=is_loopback(host),
+        origins=origin or (),
+        log_prompts=log_prompts,
         strict_model=strict_model,
         retired_names=retired_names,
         official_sampling=official_sampling,
     )
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    key = " -H 'Authorization: Bearer KEY'" if api_key else ""
+    scheme = "https" if tls_cert else "http"
+    address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    key = " -H 'Authorization: Bearer KEY'" if api_key or Keys(opened).exist() else ""
     print(f"""{backend.model.id}: {backend.model.description}
 serving on {address}  (Ctrl-C ends it)
 
   curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' \\
     -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'
 """, flush=True)  # fmt: skip
-    run(application, [backend, expert] if expert else [backend], sock)
+    run(
+        application,
+        [backend, expert] if expert else [backend],
+        sock,
+        drain=drain,
+        tls=(tls_cert, tls_key) if tls_cert else None,
+        proxies=proxy or (),
+        log=log,
+    )
+    opened.close()
 
 
 @app.command()

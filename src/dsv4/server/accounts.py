@@ -135,13 +135,29 @@ class Keys:
             return account
 
     def exist(self) -> bool:
+        """Whether any key may be used."""
         with self._database.read() as session:
             return _any(session)
 
+    def check_exposure(self, host: str, also: str | None = None) -> None:
+        """Raises ConfigError if other machines could use a server at ``host`` without a key."""
+        if also is None and not is_loopback(host) and not self.exist():
+            raise ConfigError(
+                f"{host} would let anybody who can reach this machine use the server",
+                expected="a key, when other machines are served",
+                got="none in the database",
+                hint="dsv4 keys create NAME, or --api-key, or --host 127.0.0.1",
+            )
+
     def recognise(
-        self, headers: Mapping[str, str], *, also: str | None = None, request_id: str = ""
+        self,
+        headers: Mapping[str, str],
+        *,
+        also: str | None = None,
+        keyless: bool = True,
+        request_id: str = "",
     ) -> Caller | None:
-        """Whose key the headers hold; None if there is no key to ask for.
+        """Whose key the headers hold; None if there is no key to ask for, and ``keyless``.
 
         Where both are sent, ``Authorization`` wins over ``x-api-key``. ``also`` is a key that is
         not in the database and stands for LOCAL. Raises AccountError 401.
@@ -156,7 +172,7 @@ class Keys:
             account = session.scalar(select(Account).where(Account.digest == _digest(given)))
             if account is not None and account.revoked is None:
                 return Caller(account.id, account.name, account.spend_limit is not None)
-            if account is None and also is None and not _any(session):
+            if keyless and account is None and also is None and not _any(session):
                 return None
         told = f"Your api key: ****{given[-4:] if len(given) > 12 else ''} is invalid"
         raise AccountError(

@@ -8,11 +8,12 @@ answers with a model in this process, ``ScriptedBackend`` plays back events for 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from ..engine import SamplingParams
+from .wire import Closing
 
 FinishReason = Literal["stop", "length", "tool_calls", "insufficient_system_resource"]
 
@@ -129,18 +130,38 @@ class Finish:
 Event = Begin | ReasoningDelta | ContentDelta | ToolCall | Finish
 
 
+class Answer(Closing[Event]):
+    """The events of an answer, and ``usage``: the tokens so far, all zero before the first token.
+
+    Closing it calls ``stop``, which ends the work behind it.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[Event, None],
+        stop: Callable[[], object],
+        usage: Callable[[], Usage],
+    ) -> None:
+        super().__init__(events, stop)
+        self._usage = usage
+
+    @property
+    def usage(self) -> Usage:
+        return self._usage()
+
+
 class Backend(Protocol):
     """Answers requests with one model."""
 
     @property
     def model(self) -> ModelInfo: ...
 
-    async def chat(self, request: ChatRequest | FillRequest) -> AsyncGenerator[Event, None]:
+    async def chat(self, request: ChatRequest | FillRequest) -> Answer:
         """Begin an answer. What can be refused is refused here (RequestError,
         EngineBusyError, EngineClosedError).
 
         The events may start with a ``Begin``. They end with one ``Finish``, or with an exception.
-        Closing the generator stops the work behind it.
+        Closing the answer stops the work behind it.
         """
         ...
 
@@ -166,9 +187,9 @@ class ScriptedBackend:
         self.requests: list[ChatRequest | FillRequest] = []
         self.script = script
 
-    async def chat(self, request: ChatRequest | FillRequest) -> AsyncGenerator[Event, None]:
+    async def chat(self, request: ChatRequest | FillRequest) -> Answer:
         self.requests.append(request)
-        return self._play()
+        return Answer(self._play(), lambda: None, Usage)
 
     async def _play(self) -> AsyncGenerator[Event, None]:
         self.closed_early = True

@@ -147,6 +147,11 @@ class Database:
 
         return await asyncio.shield(asyncio.to_thread(transaction))
 
+    def ping(self) -> None:
+        """Raises what SQLAlchemy raises when the database does not answer."""
+        with self.read() as session:
+            session.execute(sqlalchemy.select(SchemaVersion.version))
+
     def close(self) -> None:
         self._engine.dispose()
 

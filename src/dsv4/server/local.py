@@ -21,6 +21,7 @@ from ..engine import Engine, Generation, Token
 from ..engine.sample import MAX_OUTPUT
 from ..errors import ConfigError, ContextLengthError, EncodingError, RequestError
 from .backend import (
+    Answer,
     Begin,
     ChatRequest,
     ContentDelta,
@@ -37,7 +38,6 @@ from .backend import (
 from .efforts import efforts_of
 from .guide import GuideMaker
 from .replay import Replay, Turn, digest, read_arguments
-from .wire import Closing
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -67,15 +67,15 @@ class LocalBackend:
         self.replay = Replay()
         self.counters = Counters()
 
-    async def chat(self, request: ChatRequest | FillRequest) -> AsyncGenerator[Event, None]:
+    async def chat(self, request: ChatRequest | FillRequest) -> Answer:
         # a long prompt takes a while to tokenize, so not on the event loop
         if isinstance(request, FillRequest):
             fill = await asyncio.to_thread(_Fill, request, self)
             fill.submit()
-            return Closing(fill.events(), fill.cancel)
+            return Answer(fill.events(), fill.cancel, fill.usage)
         answer = await asyncio.to_thread(_Answer, request, self)
         answer.submit()
-        return Closing(answer.events(), answer.cancel)
+        return Answer(answer.events(), answer.cancel, answer.usage)
 
     async def count_tokens(self, request: ChatRequest) -> int:
         answer = await asyncio.to_thread(_Answer, request, self)
@@ -286,19 +286,18 @@ class _Answer:
         self._backend.replay.keep(self._request.namespace, self._history, ids, turn)
 
     def _finish(self, reason: FinishReason) -> Finish:
-        generation = self.generation
-        usage = generation.usage
-        # while it still runs, the engine has not counted yet
-        sampled = usage.completion_tokens if generation.done else len(generation.tokens)
-        return Finish(
-            reason,
-            Usage(
-                len(self.prompt),
-                self._before.completion_tokens + sampled,
-                self._before.cached_tokens if self._retried else usage.cached_tokens,
-                self._reasoning_tokens,
-            ),
-            self._stops.found,
+        return Finish(reason, self.usage(), self._stops.found)
+
+    def usage(self) -> Usage:
+        """What was computed so far; nothing before the first token."""
+        usage, sampled = self.generation.usage, _sampled(self.generation)
+        if not sampled + self._before.completion_tokens:
+            return Usage()
+        return Usage(
+            len(self.prompt),
+            self._before.completion_tokens + sampled,
+            self._before.cached_tokens if self._retried else usage.cached_tokens,
+            self._reasoning_tokens,
         )
 
     def _text(self, token_id: int) -> str:
@@ -340,7 +339,7 @@ class _Fill:
                 if text:
                     yield ContentDelta(text, self._scores.take())
                 if stops.found is not None:
-                    yield self._finish("stop", len(generation.tokens))
+                    yield self._finish("stop")
                     return
             text = stops.push(decoder.flush()) + stops.flush()
             if text or self._scores:
@@ -351,13 +350,23 @@ class _Fill:
                 reason = "stop"
             elif ended == "length":
                 reason = "length"
-            yield self._finish(reason, generation.usage.completion_tokens)
+            yield self._finish(reason)
         finally:
             self.cancel()
 
-    def _finish(self, reason: FinishReason, sampled: int) -> Finish:
+    def _finish(self, reason: FinishReason) -> Finish:
+        return Finish(reason, self.usage(), self._stops.found)
+
+    def usage(self) -> Usage:
+        """What was computed so far; nothing before the first token."""
+        sampled = _sampled(self.generation)
         cached = self.generation.usage.cached_tokens
-        return Finish(reason, Usage(len(self.prompt), sampled, cached), self._stops.found)
+        return Usage(len(self.prompt), sampled, cached) if sampled else Usage()
+
+
+def _sampled(generation: Generation) -> int:
+    # while it still runs, the engine has not counted yet
+    return generation.usage.completion_tokens if generation.done else len(generation.tokens)
 
 
 class _Scores:

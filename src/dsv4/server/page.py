@@ -7,6 +7,7 @@ talk to its own server, and nothing else: whatever a model writes, nothing runs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import aclosing
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -75,12 +76,12 @@ def add_page(
     conversations: Conversations,
     owner: Owner,
     *,
-    keys: bool,
+    keys: Callable[[], bool],
     prices: PriceList | None = None,
 ) -> None:
     """Give ``app`` the page and its routes. ``owner`` says who asks, and refuses strangers.
 
-    ``keys`` tells the page that a key may be asked for; ``prices`` are what answers cost (default:
+    ``keys`` tells the page whether a key is asked for; ``prices`` are what answers cost (default:
     the package's list).
     """
     prices = prices or PriceList()
@@ -93,7 +94,7 @@ def add_page(
     async def about() -> dict[str, Any]:
         return {
             "version": version("dsv4"),
-            "keys": keys,
+            "keys": keys(),
             "titles": models.flash.model.knows_titles,
             "prices": _prices(prices),
             "choices": [

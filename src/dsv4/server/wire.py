@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine import EngineBusyError, EngineClosedError
 from ..errors import EncodingError, RequestError
+from .accounts import AccountError
 
 MAX_BODY = 64 << 20  # bytes; a million tokens of text are about 4 MB
 KEEP_ALIVE = 10.0  # seconds of silence after which a sign of life is sent
@@ -35,10 +36,16 @@ class ApiError(Exception):
     """An answer other than 200, in the hosted API's shape."""
 
     def __init__(
-        self, message: str, status: int = 400, type: str = "", code: str | None = None
+        self,
+        message: str,
+        status: int = 400,
+        type: str = "",
+        code: str | None = None,
+        retry_after: int = 1,
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after  # seconds; sent with 429 and 503
         self.type = type or _TYPES.get(status, "server_error" if status >= 500 else _INVALID)
         self.code = code or (self.type if status >= 500 else _INVALID)
 
@@ -48,7 +55,7 @@ class ApiError(Exception):
 
     def response(self, envelope: Envelope | None = None) -> Response:
         """As a whole answer; ``envelope`` is for surfaces whose errors have another shape."""
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        headers = {"Retry-After": str(self.retry_after)} if self.status in (429, 503) else None
         return JSONResponse((envelope or ApiError.body)(self), self.status, headers)
 
     @classmethod
@@ -56,6 +63,8 @@ class ApiError(Exception):
         """What a client is told about an exception. Surprises are not described to strangers."""
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, AccountError):
+            return cls(str(error), error.status, retry_after=error.retry_after or 1)
         if isinstance(error, EngineBusyError):
             return cls(str(error), 429)
         if isinstance(error, EngineClosedError):
@@ -69,6 +78,8 @@ Envelope = Callable[[ApiError], dict[str, Any]]
 _INVALID = "invalid_request_error"
 _TYPES = {
     401: "authentication_error",
+    402: "unknown_error",
+    403: "permission_error",
     404: "not_found_error",
     413: _INVALID,
     429: "rate_limit_error",
@@ -83,8 +94,12 @@ def http_error(status: int, detail: str, path: str) -> ApiError:
     return ApiError(detail or HTTPStatus(status).phrase, status)
 
 
+def too_large() -> ApiError:
+    return ApiError(f"The request body is too large: the limit is {MAX_BODY} bytes.", 413)
+
+
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises ApiError 400 for anything else, and for more than MAX_BODY.
+    """The body as a JSON object. Raises ApiError 400 for anything else, 413 for too much.
 
     Half surrogate pairs, which JSON can spell and UTF-8 cannot, become U+FFFD.
     """
@@ -93,7 +108,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_BODY:
-                raise ApiError(f"The request body is too large: the limit is {MAX_BODY} bytes.")
+                raise too_large()
     except ClientDisconnect as error:
         raise ApiError("The request body ended before it was complete.") from error
     try:
