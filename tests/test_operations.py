@@ -177,7 +177,8 @@ def test_concurrency_is_counted_until_an_answer_ends() -> None:
         def asking() -> Iterator[int]:
             url, body = f"{site.url}/v1/chat/completions", ASK | {"stream": True}
             with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # without a name it would end, and hang up
+                next(lines)
                 yield answer.status_code
 
         with asking() as status:

@@ -200,12 +200,6 @@ def router(service: Service) -> APIRouter:
             "object": "list", "data": cards, "has_more": False, "first_id": first, "last_id": last
         }  # fmt: skip
 
-    @routes.get("/user/balance")
-    async def balance() -> dict[str, Any]:
-        """Nothing is sold here; the shape keeps clients that show a balance quiet."""
-        nothing = {"total_balance": "0.00", "granted_balance": "0.00", "topped_up_balance": "0.00"}
-        return {"is_available": True, "balance_infos": [{"currency": "USD", **nothing}]}
-
     @routes.get("/v1/models/{name:path}")
     @routes.get("/models/{name:path}")
     @routes.get("/anthropic/v1/models/{name:path}")
