@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
 from dsv4.cli import app
@@ -85,3 +87,19 @@ def test_usage_shows_tokens_and_exact_costs(url: str) -> None:
     with Database(url) as database, database.write() as session:
         session.get_one(Account, LOCAL).spent += 1
     assert "its charges sum to" in run(url, "usage", "--check", code=1)
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "operations.md"
+COMMANDS = [
+    line.strip() for line in DOCUMENT.read_text().splitlines() if line.startswith("    dsv4 ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_document_is_understood(command: str) -> None:
+    _, *arguments = shlex.split(command)
+    known: Any = typer.main.get_command(app)
+    while hasattr(known, "commands"):
+        known = known.commands[arguments.pop(0)]
+    with known.make_context(known.name, arguments):  # parses, and refuses what it does not know
+        pass
