@@ -123,7 +123,7 @@ def test_the_policy_alone_would_hold(context: BrowserContext, chat: Chat) -> Non
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    return TestClient(create_app(ScriptedBackend([])))
+    return TestClient(create_app(ScriptedBackend([])), base_url="http://127.0.0.1")
 
 
 def test_every_file_of_the_page_carries_the_policy(client: TestClient) -> None:
