@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -43,9 +44,10 @@ def says(text: str) -> Callable[[str], str]:
 class Chat(Server):
     """The server of a scripted model, and what its page is made to do."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, titles: bool = False, **options: Any) -> None:
         self.model = ScriptedModel(small_tokenizer())
         self.local = LocalBackend(self.model, context_length=4096)
+        self.local.model = replace(self.local.model, knows_titles=titles)
         super().__init__(self.local, **options)
 
     def running(self) -> int:

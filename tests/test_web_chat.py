@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -461,22 +460,19 @@ def test_the_calculator_computes_exactly_and_runs_nothing(tab: Tab) -> None:
     assert dict(zip(cases, results, strict=True)) == cases
 
 
-def test_a_model_that_knows_titles_gives_one(tab: Tab) -> None:
+def test_a_model_that_knows_titles_gives_one(context: BrowserContext) -> None:
     """Asked with the title task's token after the first answer, as its training had it."""
-    backend = tab.chat.local
-    before = backend.model
-    backend.model = replace(before, knows_titles=True)
-    try:
-        tab.chat.model.script = lambda prompt: (
+    with Chat(titles=True) as chat:
+        chat.model.script = lambda prompt: (
             '"Weather in  Paris"' if TASKS["title"] in prompt else "It rains."
         )
-        page = tab.open().page
+        tab = Tab(context.new_page(), chat).open()
+        page = tab.page
         page.select_option("#effort", "off")
         tab.send("How is the weather in Paris today?")
         eventually(lambda: page.locator("#title").inner_text() == "Weather in Paris")
         eventually(lambda: "Weather in Paris" in page.locator("#conversations").inner_text())
-    finally:
-        backend.model = before
+        tab.finished()
 
 
 def test_the_thread_follows_the_answer_unless_one_reads_above(tab: Tab) -> None:
