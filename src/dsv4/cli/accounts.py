@@ -255,4 +255,5 @@ def _table(columns: list[str], rows: list[list[str]], empty: str) -> None:
         table.add_column(name, justify="left" if words else "right", no_wrap=i > 0)
     for row in rows:
         table.add_row(*row)
-    Console().print(table, markup=False)
+    # a cost is exact or it is nothing: a narrow terminal breaks lines, not numbers
+    Console(width=max(Console().width, 120)).print(table, markup=False)
