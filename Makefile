@@ -14,16 +14,20 @@ help:            ## list the targets
 NATIVE := $(wildcard src/dsv4/kernels/native/*.cpp src/dsv4/kernels/native/*.h) \
           src/dsv4/kernels/native/CMakeLists.txt
 
-$(BIN)/dsv4: pyproject.toml $(NATIVE)
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "dsv4 needs Python >= 3.10; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -e .
-	@touch $@
+	$(BIN)/python -m pip install --progress-bar on -e '.$(1)'
+	@touch $(BIN)/dsv4
+endef
 
-$(VENV)/.dev: $(BIN)/dsv4
-	$(BIN)/python -m pip install -e '.[dev]'
+$(BIN)/dsv4: pyproject.toml $(NATIVE)
+	$(call install,)
+
+$(VENV)/.dev: pyproject.toml $(NATIVE)
+	$(call install,[dev])
 	@touch $@
 
 setup: $(VENV)/.dev   ## make .venv with everything, tests included
