@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
@@ -132,6 +134,18 @@ def test_a_fork_copies_nothing_until_it_goes_on(model: dsv4.Model) -> None:
     assert blocks(fork)[:2] == blocks(session)[:2] and blocks(fork)[2] != blocks(session)[2]
     session.rewind(280)
     assert blocks(session)[:2] == blocks(fork)[:2]
+
+
+def test_a_dropped_session_is_free_at_once(model: dsv4.Model) -> None:
+    session = model.session()
+    session.extend(IDS)
+    kept = [weakref.ref(session._state), *(weakref.ref(b.data) for b in session._state.blocks)]
+    gc.disable()  # attention state must not wait for it
+    try:
+        del session
+        assert not any(ref() for ref in kept)
+    finally:
+        gc.enable()
 
 
 def blocks(session: dsv4.Session) -> list[int]:

@@ -24,6 +24,7 @@ import torch
 
 from ..config import V4Config
 from ..errors import ConfigError, ContextLengthError, DSV4Error, RequestError
+from . import memory
 from .disk import DiskTier
 from .kvstate import GRAIN
 from .prefix import Lease, PrefixCache, Reuse
@@ -503,6 +504,7 @@ class Engine:
         try:
             self._keep(request, state.length - fed)
             state.settle()
+            memory.after(fed)
             if job.left:
                 return
             params = generation.params

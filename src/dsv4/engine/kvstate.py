@@ -15,6 +15,7 @@ whatever the passes' lengths are; ``settle`` ends that and frees what it took.
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,8 @@ class LayerState:
     """One attention layer's part; implements ``model.AttentionState``."""
 
     def __init__(self, owner: KVState, layer: int) -> None:
-        self._owner, self._layer = owner, layer
+        self._owner: KVState = weakref.proxy(owner)  # no cycle: what is dropped is free at once
+        self._layer = layer
         ratio = owner.layout.ratios[layer]
         self._before = ratio if ratio == 4 else 0  # raw rows kept of the block that was pooled last
         self._keep = owner.layout.window - 1

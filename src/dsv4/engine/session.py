@@ -16,7 +16,6 @@ from .kvstate import GRAIN, Block, Cut, KVState, Layout
 from .threads import suitable_threads
 
 PREFILL_CHUNK = 512  # tokens in one pass
-RELEASE_EVERY = 16  # tokens; single tokens, too, scatter their working memory over ever more pages
 
 
 class Part(NamedTuple):
@@ -42,7 +41,7 @@ class Runner:
         self.block_bytes = layout.bytes
         self.overhead_bytes = layout.most_beside_rows()
         self._net, self._nx = net, nx
-        self._size, self._unreleased = net.config.parameter_counts().active, 0
+        self._size = net.config.parameter_counts().active
 
     def resume(self, blocks: Sequence[Block], cut: Cut | None) -> KVState:
         """A timeline that goes on from ``cut`` (None: an empty one); see ``KVState.resume``."""
@@ -73,11 +72,6 @@ class Runner:
             logits = torch.empty(0, self.config.vocab_size)
             if len(wanted):
                 logits = self._net.logits(wanted, run)
-        self._unreleased += at
-        if self._unreleased >= RELEASE_EVERY:
-            del streams, some, wanted
-            memory.release()
-            self._unreleased = 0
         return list(logits.split(counts))
 
 
@@ -141,6 +135,7 @@ class Session:
                 self._cuts[at] = state.cut(at)
             state.settle()
             self._thin()
+            memory.after(n)
         return torch.cat(out) if len(out) > 1 else out[0]
 
     def _thin(self) -> None:
