@@ -335,6 +335,25 @@ def test_a_declared_function_is_answered_by_hand(tab: Tab) -> None:
     assert "rain" in page.locator("details.call summary").inner_text()
 
 
+def test_what_a_dialog_was_told_holds_for_the_very_next_key(tab: Tab) -> None:
+    tab.chat.model.script = lambda prompt: "A" if "terse" in prompt else "At length"
+    page = tab.open().page
+    page.select_option("#effort", "off")
+    page.get_by_role("button", name="Instructions and tools").click()
+    page.locator("dialog textarea").first.fill("Be terse.")
+    page.evaluate(  # before the browser has told anyone that the dialog closed
+        """async () => {
+            document.querySelector("dialog button.primary").click();
+            for (let i = 0; i < 10; i += 1) await null;
+            const draft = document.querySelector("#draft");
+            draft.value = "Hello";
+            draft.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+        }"""
+    )
+    tab.finished()
+    assert tab.answers() == ["A"]
+
+
 def test_a_failed_answer_says_why_and_can_be_asked_again(tab: Tab) -> None:
     page = tab.open().page
     tab.send("word " * 6000)

@@ -9,17 +9,14 @@ let count = 0;
 export function openDialog(title, content, buttons = [], more = {}) {
   count += 1;
   const name = `dialog-title-${count}`;
-  const dialog = h(
-    "dialog",
-    { "aria-labelledby": name, class: more.class },
-    h(
-      "form",
-      { method: "dialog" },
-      h("div.dialog-head", {}, h("h2", { id: name }, title), iconButton("close", "Close", () => dialog.close(""))),
-      h("div.dialog-body", {}, content),
-      buttons.length ? h("div.dialog-buttons", {}, buttons) : null,
-    ),
+  const form = h(
+    "form",
+    { method: "dialog" },
+    h("div.dialog-head", {}, h("h2", { id: name }, title), iconButton("close", "Close", () => dialog.close(""))),
+    h("div.dialog-body", {}, content),
+    buttons.length ? h("div.dialog-buttons", {}, buttons) : null,
   );
+  const dialog = h("dialog", { "aria-labelledby": name, class: more.class }, form);
   // a click on what is around it closes it
   dialog.addEventListener("mousedown", (event) => {
     if (event.target === dialog) dialog.close("");
@@ -27,6 +24,8 @@ export function openDialog(title, content, buttons = [], more = {}) {
   document.body.append(dialog);
   dialog.showModal();
   return new Promise((resolve) => {
+    // what was chosen holds at once: the close event comes later, perhaps after the next key
+    form.addEventListener("submit", (event) => resolve(event.submitter?.value ?? ""));
     dialog.addEventListener("close", () => {
       dialog.remove();
       resolve(dialog.returnValue);
