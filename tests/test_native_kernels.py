@@ -358,6 +358,64 @@ def test_top_k_over_keys_in_pieces(each: int, packed: bool) -> None:
         assert torch.equal(got, reference.index_topk(q, keys, weights, 154, 4, k))
 
 
+@pytest.mark.parametrize("rounded", [True, False], ids=["as bytes", "as numbers"])
+def test_top_k_of_many(rounded: bool) -> None:
+    """Thousands of keys, which are scored in parts and whose lists overflow; queries that are FP4
+    are multiplied as bytes, to the same bits."""
+    queries, count, k = 70, 9000, 32
+    q = activations(queries * 5, 128, BF16)
+    q = (reference.hadamard_fp4(q) if rounded else q).view(1, queries, 5, 128)
+    keys = reference.hadamard_fp4(activations(count, 128, BF16, 2))
+    best = q[0, :, 0].float().mean(0)
+    keys[:6000] = keys[:6000][(keys[:6000].float() @ best).argsort()]  # ever better ones
+    keys[7000:7400] = keys[5999]  # and many alike
+    weights = activations(queries, 5, BF16).abs().view(1, queries, 5)
+    weights[0, 3] = 0
+    start = 4 * count - queries
+    there = paged(keys[None], 32, RowFormat(128, BF16, "key"))
+    got = every_way(lambda: native.index_topk(q, there, weights, start, 4, k))
+    assert torch.equal(got, native.index_topk(q, keys[None], weights, start, 4, k))
+    alone = [
+        native.index_topk(q[:, i : i + 1], there, weights[:, i : i + 1], start + i, 4, k)
+        for i in range(queries)
+    ]
+    assert torch.equal(got, torch.cat(alone, 1))
+    scores = reference.index_scores(q, keys[None], weights)[0]
+    scores[:, -1].masked_fill_(torch.arange(queries) + 1 < queries, -torch.inf)
+    least = scores.gather(1, got[0]).amin(1)
+    tolerance = 2.0**-6 * scores[:, :-1].abs().amax(1)
+    assert bool((least >= scores.topk(k, -1).values[:, -1] - tolerance).all())
+
+
+@pytest.mark.parametrize("heads", [3, 9])
+def test_attention_of_queries_that_see_the_same_rows(heads: int) -> None:
+    """Rows that are unpacked for several queries at once give each the same bits as alone."""
+    queries, start, earlier, width, dim = 39, 3000, 31, 32, 192
+    q = activations(queries * heads, dim, BF16).view(1, queries, heads, dim)
+    window = activations(earlier + queries, dim, BF16, 2)[None]
+    rows = reference.fp8_round(activations(110, dim, BF16, 3), 64, 64)[None]
+    there = paged(rows, 1, RowFormat(dim, BF16, "entry", 64))
+    sink = activations(1, heads, F32)[0]
+
+    def attend(table: Tensor | PagedRows, some: slice = slice(None)) -> Tensor:
+        first = some.start or 0
+        near = window[:, first:] if some.start is None else window[:, first : some.stop + earlier]
+        return native.attention(
+            q[:, some], near, table, None, sink, start=start + first, ratio=28, width=width,
+            scale=dim**-0.5, dtype=BF16,
+        )  # fmt: skip
+
+    got = every_way(lambda: attend(there))
+    assert torch.equal(got, attend(rows))
+    alone = [attend(there, slice(i, i + 1)) for i in range(queries)]
+    assert torch.equal(got, torch.cat(alone, 1))
+    wanted = reference.attention(
+        q, window, rows, None, sink, start=start, ratio=28, width=width, scale=dim**-0.5,
+        dtype=BF16,
+    )
+    close(got, wanted, 4)
+
+
 @BOTH
 def test_top_k_with_ties(dtype: torch.dtype) -> None:
     q = reference.hadamard_fp4(activations(12, 128, dtype)).view(1, 4, 3, 128)

@@ -1,32 +1,20 @@
-// Attention over window and compressed rows, and the indexer that chooses rows.
+// Attention over window and compressed rows.
 //
-// A query's keys are listed first: the window's, then the compressed rows, both in the order of
-// positions. Everything after that depends on the list only, so it does not matter in which pass
-// the query is.
+// A query's keys are the window's, then the compressed rows, both in the order of positions. All
+// sums are in this order, so it does not matter in which pass the query is, or beside which others.
+// Keys are taken in tiles twice, for scores and for values. Packed rows are unpacked once where
+// they are chosen for a query, or else each time, into the nearest cache, for several queries.
 #include <algorithm>
 
 #include "functions.h"
 #include "kernels.h"
-#include "weights.h"
+#include "packed.h"
 
 namespace DSV4_ISA {
 namespace {
 
 using dsv4::Attention;
-using dsv4::IndexTopk;
-
-// Adds the products of two vectors of float32, or of pairs of bfloat16, to sixteen sums.
-template <bool BF16>
-inline f32x16 add_products(f32x16 sum, u32x16 a, u32x16 b) {
-  if constexpr (BF16) {
-#if DSV4_PAIRS
-    return dot_pairs(sum, a, b);
-#else
-    return fma(even(a), even(b), fma(odd(a), odd(b), sum));
-#endif
-  }
-  return fma((f32x16)a, (f32x16)b, sum);
-}
+using dsv4::TILE;
 
 // out[4 h + i] = x[h] . keys[i] for four rows of `bytes` bytes and four keys.
 template <bool BF16>
@@ -44,14 +32,6 @@ inline f32x16 dots(const char* const* x, const char* const* keys, int64_t bytes)
   }
   return sums(acc);
 }
-
-// Four rows from `first` on; where there are fewer, the last one again.
-struct FourRows {
-  const char* x[4];
-  FourRows(const char* first, int64_t bytes, int64_t count) {
-    for (int64_t h = 0; h < 4; h++) x[h] = first + (h < count ? h : count - 1) * bytes;
-  }
-};
 
 inline f32x4 quarter(f32x16 v, int i) {
   f32x4 out;
@@ -95,54 +75,55 @@ inline Sums in_order(Sums s) {
                                   31)};
 }
 
-// `weights` [heads, room] times the rows of `keys` (an even number): out [heads, width].
-template <bool BF16, int HEADS>
+// sums [heads, width] += `weights` [heads, room] times the rows of `keys` (an even number), for
+// BLOCKS blocks of 32 channels.
+template <bool BF16, int HEADS, int BLOCKS>
 inline void weigh(const float* weights, int64_t room, const char* const* keys, int64_t count,
-                  const float* totals, char* out, int64_t width) {
-  constexpr int64_t ELEMENT = BF16 ? 2 : 4, AHEAD = 2;  // blocks of 32 channels at once
-  constexpr int64_t PER_KEY = paired(BF16) ? 1 : 2;      // weights of a pair are one number
-  for (int64_t channel = 0; channel < width; channel += 32 * AHEAD) {
-    const int64_t blocks = width - channel < 32 * AHEAD ? 1 : AHEAD;
-    Sums acc[HEADS][AHEAD] = {};
-    for (int64_t i = 0; i < count; i += 2) {
-      for (int64_t b = 0; b < blocks; b++) {
-        const int64_t at = (channel + 32 * b) * ELEMENT;
+                  int64_t channel, float* sums, int64_t width) {
+  constexpr int64_t ELEMENT = BF16 ? 2 : 4;
+  constexpr int64_t PER_KEY = paired(BF16) ? 1 : 2;  // weights of a pair are one number
+  Sums acc[HEADS][BLOCKS];
+  for (int h = 0; h < HEADS; h++) {
+    for (int b = 0; b < BLOCKS; b++) acc[h][b] = load<Sums>(sums + h * width + channel + 32 * b);
+  }
+  for (int64_t i = 0; i < count; i += 2) {
+#pragma GCC unroll 2
+    for (int b = 0; b < BLOCKS; b++) {
+      const int64_t at = (channel + 32 * b) * ELEMENT;
 #pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++) {
-          const float* w = weights + h * room + i / 2 * PER_KEY;
-          acc[h][b] = add_values<BF16>(acc[h][b], w, keys[i] + at, keys[i + 1] + at);
-        }
-      }
-    }
-    for (int h = 0; h < HEADS; h++) {
-      for (int64_t b = 0; b < blocks; b++) {
-        Sums s = in_order<BF16>(acc[h][b]);
-        const int64_t at = h * width + channel + 32 * b;
-        put(out, BF16, at, s.a / totals[h]);
-        put(out, BF16, at + LANES, s.b / totals[h]);
+      for (int h = 0; h < HEADS; h++) {
+        const float* w = weights + h * room + i / 2 * PER_KEY;
+        acc[h][b] = add_values<BF16>(acc[h][b], w, keys[i] + at, keys[i + 1] + at);
       }
     }
   }
+  for (int h = 0; h < HEADS; h++) {
+    for (int b = 0; b < BLOCKS; b++) store(sums + h * width + channel + 32 * b, acc[h][b]);
+  }
+}
+
+template <bool BF16, int HEADS>
+inline void weigh(const float* weights, int64_t room, const char* const* keys, int64_t count,
+                  float* sums, int64_t width) {
+  int64_t channel = 0;
+  for (; channel + 64 <= width; channel += 64) {
+    weigh<BF16, HEADS, 2>(weights, room, keys, count, channel, sums, width);
+  }
+  if (channel < width) weigh<BF16, HEADS, 1>(weights, room, keys, count, channel, sums, width);
 }
 
 template <bool BF16>
 inline void weigh(int heads, const float* weights, int64_t room, const char* const* keys,
-                  int64_t count, const float* totals, char* out, int64_t width) {
+                  int64_t count, float* sums, int64_t width) {
   switch (heads) {
-    case 1: return weigh<BF16, 1>(weights, room, keys, count, totals, out, width);
-    case 2: return weigh<BF16, 2>(weights, room, keys, count, totals, out, width);
-    case 3: return weigh<BF16, 3>(weights, room, keys, count, totals, out, width);
-    default: return weigh<BF16, 4>(weights, room, keys, count, totals, out, width);
+    case 1: return weigh<BF16, 1>(weights, room, keys, count, sums, width);
+    case 2: return weigh<BF16, 2>(weights, room, keys, count, sums, width);
+    case 3: return weigh<BF16, 3>(weights, room, keys, count, sums, width);
+    default: return weigh<BF16, 4>(weights, room, keys, count, sums, width);
   }
 }
 
 // ---------------------------------------------------------------- packed rows
-
-// Adds the scale 2^(byte - 127) to values that are not zero.
-inline u16x32 with_scale(u16x32 values, int byte) {
-  const uint16_t shift = (uint16_t)((clamp(byte, 2, 252) - 127) * 128);
-  return (u16x32)scaled((u32x16)values, shift - u16x32{});
-}
 
 // An entry of `width` channels as bfloat16; see Attention for `kept`.
 inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t* to) {
@@ -155,274 +136,158 @@ inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t
   std::memcpy(to + plain, from + plain, 2 * kept);
 }
 
-// An indexer key of `width` channels (a multiple of 64) as bfloat16.
-inline void unpack_key(const char* from, int64_t width, uint16_t* to) {
-  for (int64_t i = 0; i < width; i += 64) {
-    u8x32 pairs = load<u8x32>(from + i / 2), low = pairs & 15, high = pairs >> 4;
-    u8x32 first = __builtin_shufflevector(low, high, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38,
-                                          7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14,
-                                          46, 15, 47);
-    u8x32 second = __builtin_shufflevector(low, high, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-                                           22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60,
-                                           29, 61, 30, 62, 31, 63);
-    const uint8_t* scale = reinterpret_cast<const uint8_t*>(from) + width / 2 + i / 32;
-    auto values = [](u8x32 code) {
-      return (u16x32)Fp4Row::values(__builtin_convertvector(code, u16x32));
-    };
-    store(to + i, with_scale(values(first), scale[0]));
-    store(to + i + 32, with_scale(values(second), scale[1]));
-  }
-}
-
 // ---------------------------------------------------------------- attention
 
-// The keys of a query; returns how many. Packed ones are unpacked to `room`.
-inline int64_t list_keys(const Attention& job, int64_t query, const char** keys, uint16_t* room) {
-  const int64_t bytes = job.width_of_head * (job.is_bf16 ? 2 : 4);
-  const int64_t own = job.earlier + query, first = own - job.width + 1;
-  int64_t n = 0;
-  for (int64_t i = first > 0 ? first : 0; i <= own; i++) {
-    keys[n++] = static_cast<const char*>(job.window) + i * bytes;
-  }
-  if (job.rows.pieces == nullptr) return n;
-  const int64_t near = n;
-  if (job.chosen == nullptr) {
-    const int64_t seen = (job.start + query + 1) / job.ratio;
-    for (int64_t i = 0; i < seen; i++) keys[n++] = job.rows.row(i);
-  } else {
-    const int64_t* chosen = job.chosen + query * job.k;
-    for (int64_t i = 0; i < job.k; i++) {
-      if (chosen[i] >= 0) keys[n++] = job.rows.row(chosen[i]);
+// The keys of a query: `near` of the window, then rows.
+struct Keys {
+  const Attention& job;
+  int64_t query, near, count;
+  const int64_t* chosen;  // which rows; null: all up to the query
+
+  // `space`: for k numbers.
+  Keys(const Attention& job, int64_t query, int64_t* space)
+      : job(job), query(query), chosen(job.chosen == nullptr ? nullptr : space) {
+    near = count = std::min(job.earlier + query + 1, job.width);
+    if (job.rows.pieces == nullptr) return;
+    if (chosen == nullptr) count += (job.start + query + 1) / job.ratio;
+    for (int64_t i = 0; chosen != nullptr && i < job.k; i++) {
+      const int64_t row = job.chosen[query * job.k + i];
+      if (row >= 0) space[count++ - near] = row;
     }
   }
-  if (job.kept == 0) return n;
-  for (int64_t i = near; i < n; i++) {
-    unpack_entry(keys[i], job.width_of_head, job.kept, room);
-    keys[i] = reinterpret_cast<const char*>(room);
-    room += job.width_of_head;
-  }
-  return n;
-}
 
-// How many keys a query has.
-inline int64_t count_keys(const Attention& job, int64_t query) {
-  const int64_t own = job.earlier + query;
-  int64_t n = own + 1 < job.width ? own + 1 : job.width;
-  if (job.rows.pieces == nullptr) return n;
-  if (job.chosen == nullptr) return n + (job.start + query + 1) / job.ratio;
-  for (int64_t i = 0; i < job.k; i++) n += job.chosen[query * job.k + i] >= 0;
-  return n;
-}
-
-template <bool BF16>
-inline void attend_as(const Attention& job, int64_t query, int64_t head, int64_t heads,
-                      uint8_t* space) {
-  const int64_t width = job.width_of_head, bytes = width * (BF16 ? 2 : 4);
-  const char** keys = reinterpret_cast<const char**>(space);
-  const int64_t count = count_keys(job, query), room = (count + 15) / 16 * 16;
-  list_keys(job, query, keys, reinterpret_cast<uint16_t*>(space + room * (8 + 4 * dsv4::HEADS)));
-  for (int64_t i = count; i < room; i++) keys[i] = keys[count - 1];  // their weights are zero
-  float* scores = reinterpret_cast<float*>(space + room * sizeof(char*));
-  float totals[dsv4::HEADS];
-  const int64_t first = (query * job.heads + head) * bytes;
-  for (int64_t h = 0; h < heads; h += 4) {
-    FourRows q(static_cast<const char*>(job.q) + first + h * bytes, bytes, heads - h);
-    for (int64_t i = 0; i < room; i += 4) {
-      f32x16 score = dots<BF16>(q.x, keys + i, bytes) * job.scale;
-      for (int j = 0; j < 4 && h + j < heads; j++) {
-        store(scores + (h + j) * room + i, quarter(score, j));
-      }
-    }
+  const char* row(int64_t i) const {
+    return job.rows.row(chosen == nullptr ? i - near : chosen[i - near]);
   }
-  for (int64_t h = 0; h < heads; h++) {
-    float* mine = scores + h * room;
-    f32x16 most = splat(-__builtin_inff());
-    for (int64_t i = 0; i < room; i += 16) most = max(load<f32x16>(mine + i), most);
-    const float top = largest(most);
-    for (int64_t i = count; i < room; i++) mine[i] = -__builtin_inff();
-    f32x16 total = {};
-    for (int64_t i = 0; i < room; i += 16) {
-      f32x16 e = exp(load<f32x16>(mine + i) - top);
-      total = total + e;
-      if (paired(BF16)) {
-        store(reinterpret_cast<uint16_t*>(mine) + i, narrow(e));
+
+  // Keys first .. first + TILE - 1; after the last one, it again. Packed ones are unpacked to `room`.
+  void get(int64_t first, uint16_t* room, const char** keys) const {
+    const int64_t width = job.width_of_head, bytes = width * (job.is_bf16 ? 2 : 4);
+    for (int64_t i = first; i < first + TILE; i++, keys++, room += width) {
+      if (i >= count) {
+        *keys = keys[-1];
+      } else if (i < near) {
+        const int64_t at = job.earlier + query + 1 - near + i;
+        *keys = static_cast<const char*>(job.window) + at * bytes;
+      } else if (job.kept == 0) {
+        *keys = row(i);
       } else {
-        store(mine + i, rounded(e, BF16));
-      }
-    }
-    totals[h] = sum(total) + exp(splat(job.sink[head + h] - top))[0];
-  }
-  for (int64_t h = 0; h < heads; h += 4) {
-    weigh<BF16>((int)(heads - h < 4 ? heads - h : 4), scores + h * room, room, keys,
-                (count + 1) / 2 * 2, totals + h, static_cast<char*>(job.out) + first + h * bytes,
-                width);
-  }
-}
-
-}  // namespace
-
-void attend(const Attention& job, int64_t query, int64_t head, int64_t heads, uint8_t* space) {
-  FlushSubnormals guard;
-  if (job.is_bf16) return attend_as<true>(job, query, head, heads, space);
-  attend_as<false>(job, query, head, heads, space);
-}
-
-// ---------------------------------------------------------------- indexer
-//
-// A lane is a key: sixteen keys are turned into columns of words, each column is multiplied by one
-// word of a head's query, and no sum ever crosses lanes.
-
-namespace {
-
-#if DSV4_PAIRS || defined(__AVX512F__) || defined(__aarch64__)
-constexpr int SIXTEENS = 4;  // groups of keys at once
-#else
-constexpr int SIXTEENS = 2;
-#endif
-
-// Numbers of the first eight vectors and of the last eight in turn.
-inline void riffle(const u32x16* from, u32x16* to) {
-  for (int i = 0; i < 8; i++) {
-    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5,
-                                        21, 6, 22, 7, 23);
-    to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12,
-                                            28, 13, 29, 14, 30, 15, 31);
-  }
-}
-
-// Rows become columns.
-inline void transpose(u32x16* v) {
-  u32x16 t[16];
-  riffle(v, t), riffle(t, v), riffle(v, t), riffle(t, v);
-}
-
-// columns[word][group] of the keys begin, begin + 1, ...; from `end` on, the last one again.
-inline void turn(const IndexTopk& job, int64_t bytes, int64_t begin, int64_t end,
-                 u32x16* columns) {
-  alignas(64) uint16_t unpacked[16][dsv4::MAX_INDEX_WIDTH];
-  for (int group = 0; group < SIXTEENS; group++) {
-    const int64_t first = std::min(begin + 16 * group, end - 1);
-    const bool one_piece = job.keys.each % 16 == 0 && first % 16 == 0;
-    const char* start = job.keys.row(first);
-    const char* keys[16];
-    for (int i = 0; i < 16; i++) {
-      const int64_t key = std::min(first + i, end - 1);
-      keys[i] = one_piece ? start + (key - first) * job.keys.bytes : job.keys.row(key);
-      if (!job.packed) continue;
-      unpack_key(keys[i], job.width, unpacked[i]);
-      keys[i] = reinterpret_cast<const char*>(unpacked[i]);
-    }
-    for (int64_t at = 0; at < bytes; at += 64) {
-      u32x16 v[16];
-      for (int i = 0; i < 16; i++) v[i] = load<u32x16>(keys[i] + at);
-      transpose(v);
-      for (int i = 0; i < 16; i++) columns[(at / 4 + i) * SIXTEENS + group] = v[i];
-    }
-  }
-}
-
-// All lanes alike. (GCC 12 cannot compile `x + u32x16{}` in a loop for AVX2.)
-inline u32x16 everywhere(uint32_t x) {
-  return u32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-}
-
-// acc[head][group] = a head's query times sixteen keys.
-template <bool BF16>
-inline void multiply_columns(const FourRows& q, const u32x16* columns, int64_t words,
-                             f32x16 (*acc)[SIXTEENS]) {
-  f32x16 sums_of[4][SIXTEENS] = {};
-  for (int64_t w = 0; w < words; w++) {
-#pragma GCC unroll 4
-    for (int h = 0; h < 4; h++) {
-      const u32x16 word = everywhere(load<uint32_t>(q.x[h] + 4 * w));
-#pragma GCC unroll 4
-      for (int g = 0; g < SIXTEENS; g++) {
-        sums_of[h][g] = add_products<BF16>(sums_of[h][g], word, columns[w * SIXTEENS + g]);
+        unpack_entry(row(i), width, job.kept, room);
+        *keys = reinterpret_cast<const char*>(room);
       }
     }
   }
-  std::memcpy(acc, sums_of, sizeof sums_of);
-}
 
+  // Asks the memory for chosen rows, which lie anywhere.
+  void fetch(int64_t first) const {
+    for (int64_t i = std::max(first, near); i < std::min(first + TILE, count); i++) {
+      const auto* at = reinterpret_cast<const uint8_t*>(row(i));
+      for (int64_t byte = 0; byte < job.rows.bytes; byte += 64) prefetch(at + byte);
+    }
+  }
+};
+
+// Several queries see the same rows but for the last ones, and windows of the same length, which
+// is a multiple of TILE; or there is one query.
 template <bool BF16>
-inline void score_as(const IndexTopk& job, int64_t query, int64_t begin, int64_t end, float* out) {
-  const int64_t bytes = job.width * (BF16 ? 2 : 4), heads = job.heads;
-  const char* q = static_cast<const char*>(job.q) + query * heads * bytes;
-  u32x16 columns[dsv4::MAX_INDEX_WIDTH * SIXTEENS];
-  for (int64_t i = begin; i < end; i += 16 * SIXTEENS) {
-    turn(job, bytes, i, end, columns);
-    f32x16 totals[SIXTEENS] = {};
+inline void attend_as(const Attention& job, int64_t query, int64_t queries, int64_t head,
+                      int64_t heads, uint8_t* space) {
+  const int64_t width = job.width_of_head, bytes = width * (BF16 ? 2 : 4);
+  auto* chosen = reinterpret_cast<int64_t*>(space);
+  auto* unpacked = reinterpret_cast<uint16_t*>(chosen + (job.k + 7) / 8 * 8);
+  const bool all = job.chosen != nullptr;  // unpacked once and kept; they are few
+  auto* listed = reinterpret_cast<const char**>(unpacked + unpacked_rows(job) * width);
+  auto* sums_of = reinterpret_cast<float*>(listed + (all ? unpacked_rows(job) : 0));
+  float* scores = sums_of + queries * heads * width;
+  const Keys last(job, query + queries - 1, chosen);
+  const int64_t room = (last.count + TILE - 1) / TILE * TILE, near = last.near;
+  auto row_of = [&](int64_t q, int64_t h) { return scores + (q * heads + h) * room; };
+  auto count_of = [&](int64_t q) {  // what a query sees
+    return q == queries - 1 ? last.count : near + (job.start + query + q + 1) / job.ratio;
+  };
+  // each(q, first key, keys, how many of them) for all queries and keys in tiles
+  auto in_tiles = [&](auto&& each) {
+    const char* some[TILE];
+    for (int64_t i = 0; i < last.count; i += TILE) {
+      const bool shared = queries == 1 || i >= near;
+      const char** keys = all ? listed + i : some;
+      if (shared) last.get(i, unpacked + (all ? i * width : 0), keys);
+      for (int64_t q = 0; q < queries; q++) {
+        const int64_t count = count_of(q);
+        if (i >= count) continue;
+        if (!shared) Keys(job, query + q, nullptr).get(i, unpacked, keys);
+        each(q, i, keys, std::min(count - i, TILE));
+      }
+    }
+  };
+  if (last.chosen != nullptr) last.fetch(near);
+  in_tiles([&](int64_t q, int64_t i, const char* const* keys, int64_t) {
+    if (last.chosen != nullptr && i >= near / TILE * TILE) last.fetch(i + 2 * TILE);
+    const char* first = static_cast<const char*>(job.q) + ((query + q) * job.heads + head) * bytes;
     for (int64_t h = 0; h < heads; h += 4) {
-      f32x16 acc[4][SIXTEENS];
-      multiply_columns<BF16>(FourRows(q + h * bytes, bytes, heads - h), columns, bytes / 4, acc);
-      for (int j = 0; j < 4 && h + j < heads; j++) {
-        const int64_t at = query * heads + h + j;
-        const float weight = BF16 ? widen(static_cast<const uint16_t*>(job.weights)[at])
-                                  : static_cast<const float*>(job.weights)[at];
-        for (int g = 0; g < SIXTEENS; g++) {
-          f32x16 dot = result_rounded(acc[j][g], BF16);
-          dot = where(dot < f32x16{}, f32x16{}, dot) * splat(weight);
-          totals[g] = totals[g] + result_rounded(dot, BF16);
+      FourRows x(first + h * bytes, bytes, heads - h);
+      for (int64_t k = 0; k < TILE; k += 4) {
+        f32x16 score = dots<BF16>(x.x, keys + k, bytes) * job.scale;
+        for (int j = 0; j < 4 && h + j < heads; j++) {
+          store(row_of(q, h + j) + i + k, quarter(score, j));
         }
       }
     }
-    for (int g = 0; g < SIXTEENS; g++) {
-      const f32x16 total = rounded(totals[g], BF16) + f32x16{};  // no negative zero
-      const int64_t at = i + 16 * g, left = end - at;
-      if (left > 0) std::memcpy(out + at, &total, 4 * (left < 16 ? left : 16));
+  });
+  float totals[dsv4::TOGETHER][dsv4::HEADS];
+  for (int64_t q = 0; q < queries; q++) {
+    const int64_t count = count_of(q), end = (count + TILE - 1) / TILE * TILE;
+    for (int64_t h = 0; h < heads; h++) {
+      float* mine = row_of(q, h);
+      for (int64_t i = count; i < end; i++) mine[i] = -__builtin_inff();
+      f32x16 most = splat(-__builtin_inff());
+      for (int64_t i = 0; i < end; i += 16) most = max(load<f32x16>(mine + i), most);
+      const float top = largest(most);
+      f32x16 total = {};
+      for (int64_t i = 0; i < end; i += 16) {
+        f32x16 e = exp(load<f32x16>(mine + i) - top);
+        total = total + e;
+        if (paired(BF16)) {
+          store(reinterpret_cast<uint16_t*>(mine) + i, narrow(e));
+        } else {
+          store(mine + i, rounded(e, BF16));
+        }
+      }
+      totals[q][h] = sum(total) + exp(splat(job.sink[head + h] - top))[0];
     }
   }
-}
-
-// Bits that are in the order of the numbers.
-inline uint32_t sortable(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
+  std::memset(sums_of, 0, queries * heads * width * sizeof(float));
+  auto add = [&](int64_t q, int64_t i, const char* const* keys, int64_t count) {
+    for (int64_t h = 0; h < heads; h += 4) {
+      const float* weights = row_of(q, h) + (paired(BF16) ? i / 2 : i);
+      weigh<BF16>((int)std::min<int64_t>(heads - h, 4), weights, room, keys, (count + 1) / 2 * 2,
+                  sums_of + (q * heads + h) * width, width);
+    }
+  };
+  if (all) {
+    add(0, 0, listed, last.count);
+  } else {
+    in_tiles(add);
+  }
+  for (int64_t q = 0; q < queries; q++) {
+    char* out = static_cast<char*>(job.out) + ((query + q) * job.heads + head) * bytes;
+    for (int64_t h = 0; h < heads; h++) {
+      for (int64_t channel = 0; channel < width; channel += 32) {
+        Sums s = in_order<BF16>(load<Sums>(sums_of + (q * heads + h) * width + channel));
+        put(out, BF16, h * width + channel, s.a / totals[q][h]);
+        put(out, BF16, h * width + channel + LANES, s.b / totals[q][h]);
+      }
+    }
+  }
 }
 
 }  // namespace
 
-void index_scores(const IndexTopk& job, int64_t query, int64_t begin, int64_t end, float* out) {
+void attend(const Attention& job, int64_t query, int64_t queries, int64_t head, int64_t heads,
+            uint8_t* space) {
   FlushSubnormals guard;
-  if (job.is_bf16) return score_as<true>(job, query, begin, end, out);
-  score_as<false>(job, query, begin, end, out);
-}
-
-void select(const float* scores, int64_t count, int64_t k, int64_t* out, int32_t* space) {
-  if (count <= k) {
-    for (int64_t i = 0; i < k; i++) out[i] = i < count ? i : -1;
-    return;
-  }
-  // The k-th best, eleven bits at a time. After the first ones few are left to be looked at: those
-  // in `space`, in their order.
-  int64_t bins[2048] = {}, n = 0, wanted = k;  // `wanted` of those that agree in the known bits
-  for (int64_t i = 0; i < count; i++) bins[sortable(scores[i]) >> 21]++;
-  uint32_t bin = 2047;
-  while (bins[bin] < wanted) wanted -= bins[bin--];
-  uint32_t least = bin << 21, known = 0xFFE00000u;
-  for (int64_t i = 0; i < count; i++) {
-    space[n] = (int32_t)i;
-    n += sortable(scores[i]) >= least;
-  }
-  for (int shift = 10; shift >= 0; shift -= 10) {
-    std::memset(bins, 0, sizeof bins);
-    for (int64_t i = 0; i < n; i++) {
-      const uint32_t bits = sortable(scores[space[i]]);
-      if ((bits & known) == least) bins[bits >> shift & 2047]++;
-    }
-    bin = 2047;
-    while (bins[bin] < wanted) wanted -= bins[bin--];
-    least |= bin << shift, known |= 2047u << shift;
-  }
-  for (int64_t i = 0, chosen = 0; chosen < k; i++) {
-    const uint32_t bits = sortable(scores[space[i]]);
-    if (bits > least) {
-      out[chosen++] = space[i];
-    } else if (bits == least && wanted > 0) {
-      out[chosen++] = space[i], wanted--;
-    }
-  }
+  if (job.is_bf16) return attend_as<true>(job, query, queries, head, heads, space);
+  attend_as<false>(job, query, queries, head, heads, space);
 }
 
 }  // namespace DSV4_ISA

@@ -19,14 +19,14 @@ dsv4::Rowwise<dsv4::Sinkhorn> sinkhorn;
 dsv4::Rowwise<dsv4::Pool> pool;
 dsv4::Rowwise<dsv4::Route> route;
 dsv4::Attend attend;
-dsv4::IndexScores index_scores;
+dsv4::IndexBest index_best;
 dsv4::Select select;
 
 extern const dsv4::Training training;
 extern const dsv4::Isa isa;
 const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange,   multiply,    swiglu, add, norm,
                        rope,          round_fp8,       round_fp4, hc_read,     hc_expand,
-                       sinkhorn,      pool,            route,     attend,      index_scores,
+                       sinkhorn,      pool,            route,     attend,      index_best,
                        select,        &training};
 
 }  // namespace DSV4_ISA

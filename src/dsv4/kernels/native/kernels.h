@@ -162,28 +162,59 @@ struct Attention {
   bool is_bf16;
 };
 
-// The result of up to HEADS heads of a query. The space is attention_space() bytes.
-using Attend = void(const Attention& job, int64_t query, int64_t head, int64_t heads,
-                    uint8_t* space);
+constexpr int64_t TILE = 32;      // keys at once
+constexpr int64_t TOGETHER = 4;  // queries at once at most
 
-// For packed rows it has room for all of them unpacked.
-inline int64_t attention_space(int64_t keys, int64_t unpacked_bytes) {
-  return (keys + 16) * (8 + 4 * HEADS + unpacked_bytes);
+// The results of up to HEADS heads of queries that may be computed together; one always can. The
+// space is attention_space() bytes.
+using Attend = void(const Attention& job, int64_t query, int64_t queries, int64_t head,
+                    int64_t heads, uint8_t* space);
+
+// How many packed rows are unpacked at once, rows of the window counted too.
+inline int64_t unpacked_rows(const Attention& job) {
+  return job.chosen ? job.width + job.k + TILE : job.kept ? TILE : 0;
+}
+
+// What so many queries take that see at most so many keys.
+inline int64_t attention_space(const Attention& job, int64_t queries, int64_t heads, int64_t keys) {
+  return 8 * (job.k + 8) + unpacked_rows(job) * (2 * job.width_of_head + 8) +
+         4 * queries * heads * (job.width_of_head + keys + TILE);
 }
 
 constexpr int64_t MAX_INDEX_WIDTH = 256;  // of a key
+constexpr int64_t INDEX_TILE = 64;        // keys at once at most
 
 // Keys are numbers like the others or packed: FP4 pairs and then an E8M0 scale for every 32.
 struct IndexTopk {
   const void *q, *weights;
   Table keys;
-  int64_t heads, width;
+  int64_t heads, width, start, ratio, k;
   bool is_bf16, packed;
+
+  int64_t seen(int64_t query) const { return (start + query + 1) / ratio; }
 };
 
-// out[i] = the score of key i for a query, for i = begin .. end - 1.
-using IndexScores = void(const IndexTopk& job, int64_t query, int64_t begin, int64_t end,
-                         float* out);
+// Keys that may be among a query's k best, in their order; a later one that is not above `least`
+// is not. Room for best_room(k).
+struct Best {
+  float* scores;
+  int32_t* places;
+  int64_t count;
+  float least;
+};
+
+inline int64_t best_room(int64_t k) { return 3 * k + INDEX_TILE; }
+
+// Bytes that IndexBest works with: queries as bytes and, if `all`, what it takes to thin a list.
+inline int64_t index_space(const IndexTopk& job, int64_t queries, bool all = true) {
+  const int64_t rows = (queries * (job.heads * (5 * 32) + 1) + 63) / 64 * 64;
+  return rows + (all ? 8 * job.k + 4 * best_room(job.k) : 0);
+}
+
+// Appends to best[i], for each of `queries` queries that sees more than k keys, those among keys
+// begin .. end - 1 that may be its k best.
+using IndexBest = void(const IndexTopk& job, int64_t first, int64_t queries, int64_t begin,
+                       int64_t end, Best* best, uint8_t* space);
 
 // The places of the k highest of `count` scores, ascending; of equal ones the first. -1 where there
 // are fewer. `space` holds `count` numbers.
@@ -209,7 +240,7 @@ struct Isa {
   Rowwise<Pool>* pool;
   Rowwise<Route>* route;
   Attend* attend;
-  IndexScores* index_scores;
+  IndexBest* index_best;
   Select* select;
   const struct Training* training;
 };

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -54,7 +56,8 @@ bool usable(const Isa* isa) {
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (name == "avx512_bf16") {
-    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vnni");
   }
   if (name == "avx512") return avx512;
   if (name == "avx2") return avx2;
@@ -199,46 +202,74 @@ void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_
                 width,         start,            ratio,          k,     scale,
                 is_bf16};
   const int64_t seen = !job.rows.pieces ? 0 : chosen ? k : (start + queries) / ratio;
-  const int64_t parts = (heads + HEADS - 1) / HEADS;
-  const int64_t space = attention_space(width + seen, kept ? 2 * width_of_head : 0);
+  // as many heads as there can be in a task, if there are tasks for all threads
+  const int64_t most = std::clamp<int64_t>(heads * queries / threads, 1, HEADS);
+  const int64_t parts = (heads + most - 1) / most;
+  // packed rows that all see are unpacked for several at once
+  const bool alike = kept && !chosen && seen > 0 && earlier + 1 >= width && width % TILE == 0;
+  const int64_t group = alike && queries >= 16 ? TOGETHER : 1;
+  const int64_t space = attention_space(job, group, most, width + seen);
   const Isa* isa = current();
   auto one = [&](int64_t task) {
     static thread_local Array<uint8_t> kept;
     static thread_local int64_t size = 0;
     if (size < space) kept = make_array<uint8_t>(space), size = space;
-    const int64_t head = task % parts * HEADS;
-    isa->attend(job, task / parts, head, std::min(HEADS, heads - head), kept.get());
+    const int64_t head = task % parts * most, query = task / parts * group;
+    isa->attend(job, query, std::min(group, queries - query), head, std::min(most, heads - head),
+                kept.get());
   };
-  parallel(threads, queries * parts, one);
+  parallel(threads, (queries + group - 1) / group * parts, one);
 }
 
 void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width,
                 Pieces keys, bool packed, uintptr_t weights, int64_t start, int64_t ratio, int64_t k,
                 uintptr_t out, int threads) {
-  constexpr int64_t PART = 1024, ROOM = 1 << 22;  // keys of a task; scores kept at once
-  IndexTopk job{at<void>(q), at<void>(weights), table_of(keys), heads, width, is_bf16, packed};
+  constexpr int64_t ROWS = 256, LEAST = 2048;  // heads of all queries, and keys, of a task
+  IndexTopk job{at<void>(q), at<void>(weights), table_of(keys), heads, width, start,
+                ratio,       k,                 is_bf16,        packed};
   const Isa* isa = current();
-  auto seen = [&](int64_t query) { return (start + query + 1) / ratio; };
-  const int64_t most = seen(queries - 1), parts = (most + PART - 1) / PART;
-  const int64_t group = std::clamp<int64_t>(ROOM / std::max<int64_t>(most, 1), 1, queries);
-  auto scores = make_array<float>(group * most);
-  for (int64_t first = 0; first < queries; first += group) {
+  const int64_t most = job.seen(queries - 1), group = std::clamp<int64_t>(ROWS / heads, 1, queries);
+  const int64_t groups = (queries + group - 1) / group;
+  const int64_t wanted = threads == 1 ? 1 : std::max<int64_t>(1, 4 * threads / groups);
+  const int64_t parts = std::clamp<int64_t>(most / LEAST, 1, wanted), room = best_room(k);
+  const int64_t each = (most / parts + INDEX_TILE) / INDEX_TILE * INDEX_TILE;
+  // a query's lists of all parts lie one after the other
+  auto scores = make_array<float>(queries * parts * room);
+  auto places = make_array<int32_t>(queries * parts * room);
+  auto counts = make_array<int64_t>(queries * parts);
+  auto score = [&](int64_t task) {
+    const int64_t part = task % parts, first = task / parts * group;
     const int64_t here = std::min(group, queries - first);
-    auto score = [&](int64_t task) {
-      const int64_t i = task / parts, begin = task % parts * PART;
-      const int64_t end = std::min(begin + PART, seen(first + i));
-      if (begin < end && seen(first + i) > k) {
-        isa->index_scores(job, first + i, begin, end, scores.get() + i * most);
-      }
-    };
-    parallel(threads, here * parts, score);
-    auto select = [&](int64_t i) {
-      auto space = make_array<int32_t>(most);
-      isa->select(scores.get() + i * most, seen(first + i), k, at<int64_t>(out) + (first + i) * k,
-                  space.get());
-    };
-    parallel(threads, here, select);
-  }
+    auto best = make_array<Best>(here);
+    for (int64_t i = 0; i < here; i++) {
+      const int64_t list = ((first + i) * parts + part) * room;
+      best[i] = {scores.get() + list, places.get() + list, 0, -INFINITY};
+    }
+    auto space = make_array<uint8_t>(index_space(job, here));
+    isa->index_best(job, first, here, part * each, std::min((part + 1) * each, most), best.get(),
+                    space.get());
+    for (int64_t i = 0; i < here; i++) counts[(first + i) * parts + part] = best[i].count;
+  };
+  parallel(threads, groups * parts, score);
+  auto select = [&](int64_t query) {
+    int64_t* chosen = at<int64_t>(out) + query * k;
+    const int64_t seen = job.seen(query), list = query * parts * room;
+    if (seen <= k) {
+      for (int64_t i = 0; i < k; i++) chosen[i] = i < seen ? i : -1;
+      return;
+    }
+    int64_t count = 0;
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t more = counts[query * parts + part], from = list + part * room;
+      std::memmove(scores.get() + list + count, scores.get() + from, 4 * more);
+      std::memmove(places.get() + list + count, places.get() + from, 4 * more);
+      count += more;
+    }
+    auto space = make_array<int32_t>(count);
+    isa->select(scores.get() + list, count, k, chosen, space.get());
+    for (int64_t i = 0; i < k; i++) chosen[i] = places[list + chosen[i]];
+  };
+  parallel(threads, queries, select);
 }
 
 // One expert's matrices: gate, up, down as (weight, scale, format, scale_bytes, outputs, inputs).
