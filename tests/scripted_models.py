@@ -119,6 +119,7 @@ class ScriptedModel:
     name = "v4-scripted"
     folder: Path | None = None
     numerics = "none"
+    experts = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

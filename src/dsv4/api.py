@@ -19,6 +19,8 @@ from torch import Tensor
 from . import encoding
 from .checkpoint import Checkpoint
 from .config import V4Config
+from .engine.experts import Experts, expert_budget, expert_bytes, is_routed
+from .engine.memory import available
 from .engine.sample import SamplingParams, sample
 from .engine.session import Runner, Session, check_ids
 from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
@@ -27,16 +29,31 @@ from .model import Numerics, Pass, Transformer, check_numerics, numerics
 from .tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "models"
+SPARE = 2 << 30  # bytes of memory that are not for weights
 
 
-def load(name_or_path: str | Path = "v4-nano", numerics: str = "official") -> Model:
+def load(
+    name_or_path: str | Path = "v4-nano",
+    numerics: str = "official",
+    *,
+    expert_memory: int | None = None,
+    spare_memory: int = SPARE,
+) -> Model:
     """A model that ships in the package, by name, or a folder in the official checkpoint format.
 
     Weights stay as stored and memory-mapped, so loading takes the time of reading headers and
     memory is that of the file's touched pages. ``numerics``: "official" (DeepSeek's roundings) or
     "float32" (none). Raises CheckpointError, ConfigError.
+
+    ``expert_memory``: bytes for routed experts; those that it does not hold are read from disk when
+    they are chosen (docs/experts.md). None: enough for all if they fit, else what is available but
+    for the other weights and ``spare_memory``, which is for all that is not weights.
     """
-    return Model.from_checkpoint(Checkpoint.open(find_model(name_or_path)), numerics)
+    checkpoint = Checkpoint.open(find_model(name_or_path))
+    budget = expert_memory
+    if budget is None:
+        budget = expert_budget(checkpoint, available() - spare_memory)
+    return Model.from_checkpoint(checkpoint, numerics, expert_memory=budget)
 
 
 def find_model(name_or_path: str | Path) -> Path:
@@ -74,6 +91,7 @@ class Model:
         self.numerics = nx.name
         self._net, self._nx = net, nx
         self._checkpoint: Checkpoint | None = None
+        self.experts: Experts | None = None  # when not all of them are in memory
 
     @property
     def net(self) -> Transformer:
@@ -81,16 +99,27 @@ class Model:
         return self._net
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, numerics_name: str = "official") -> Model:
-        """From an opened checkpoint; its tensors are used where they lie."""
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        numerics_name: str = "official",
+        *,
+        expert_memory: int | None = None,
+    ) -> Model:
+        """From an opened checkpoint; its tensors are used where they lie. With ``expert_memory``
+        bytes, if they do not hold all routed experts, these are read when they are chosen."""
         nx = numerics(numerics_name)
         check_numerics(nx, checkpoint.config)
         net = Transformer(checkpoint.config)
-        net.load_weights(checkpoint.names(), checkpoint.tensor)
+        names, experts = checkpoint.names(), None
+        if expert_memory is not None and expert_memory < expert_bytes(checkpoint):
+            experts = Experts(checkpoint, net, expert_memory)
+            names = [name for name in names if not is_routed(name)]
+        net.load_weights(names, checkpoint.tensor)
         file = checkpoint.path / "tokenizer.json"
         tokenizer = Tokenizer.load(file) if file.exists() else None
         model = cls(net, nx, checkpoint.path.resolve().name, tokenizer)
-        model._checkpoint = checkpoint
+        model._checkpoint, model.experts = checkpoint, experts
         return model
 
     @property

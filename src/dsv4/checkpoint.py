@@ -116,9 +116,14 @@ class _Shard:
         flat = torch.frombuffer(self.mapped, dtype=dtype, count=spec.elements, offset=offset)
         return flat.view(spec.shape)
 
-    def reopen(self) -> BinaryIO:
-        """The same file again; raises CheckpointError if another has taken its name."""
-        f = self.path.open("rb")
+    def reopen(self, flags: int = 0) -> BinaryIO:
+        """The same file again; raises CheckpointError if another has taken its name.
+
+        With ``flags`` of ``os.open`` it is not buffered."""
+        f: BinaryIO = open(
+            self.path, "rb", buffering=0 if flags else -1,
+            opener=lambda path, mode: os.open(path, mode | flags),
+        )  # fmt: skip
         if _identity(f) != self.identity:
             f.close()
             raise CheckpointError(
@@ -450,6 +455,21 @@ class Checkpoint:
         if not self._checked:
             _check_values(name, tensor, self.config)
         return tensor
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that holds a tensor, and where in it the tensor begins."""
+        shard = self._where[name]
+        return shard.path, shard.entries[name][1]
+
+    def reopen(self, name: str, flags: int = 0) -> BinaryIO:
+        """The file of a tensor, to be read without the mapping; ``flags`` of ``os.open`` make it
+        unbuffered. Raises CheckpointError when it is no longer the file that was validated."""
+        return self._where[name].reopen(flags)
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor read with ``reopen`` whose values cannot be, as ``tensor`` does."""
+        if not self._checked:
+            _check_values(name, tensor, self.config)
 
     def remapped(self) -> Checkpoint:
         """The same files, mapped once more, so that ``release`` takes no page from anyone else."""

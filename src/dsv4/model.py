@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -85,6 +86,19 @@ class AttentionState(Protocol):
 
     def rows(self, which: str, new: Tensor) -> Rows:
         """Append compressed rows; return all of them."""
+
+
+class ExpertSource(Protocol):
+    """A layer's routed experts when they are no parameters; ``engine.experts`` implements it."""
+
+    def expect(self, ids: Tensor) -> None:
+        """Begin to read the experts ``ids [N, K]``."""
+
+    def routed(
+        self, x: Tensor, ids: Tensor, weights: Tensor, limit: float, round_activations: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As ``kernels.routed_experts``."""
 
 
 def check_numerics(nx: Numerics, config: V4Config) -> None:
@@ -555,6 +569,7 @@ class MoE(nn.Module):
         )
         width = c.moe_intermediate_size * c.n_shared_experts
         self.shared_experts = Expert(c, width, "fp8")
+        self.source: ExpertSource | None = None  # in place of ``experts``
         self._frozen: dict[Numerics, tuple[_Matrices, _Matrices, _Matrices]] = {}
 
     def _matrices(self, nx: Numerics) -> tuple[_Matrices, _Matrices, _Matrices]:
@@ -570,13 +585,16 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         flat = x.flatten(0, 1)
         ids, weights = self.gate(flat, run.ids.flatten(), run)
-        w1, w2, w3 = self._matrices(run.nx)
         xr = self.shared_experts.w1.rounded(flat, run.nx)  # all or no experts are quantised
         quantised = run.nx.official and self.shared_experts.w1.scale is not None
-        y = kernels.routed_experts(
-            xr, ids, weights, w1, w2, w3, self.limit, quantised, run.nx.dtype
-        )
+        how = self.limit, quantised, run.nx.dtype
+        if self.source is None:
+            y = kernels.routed_experts(xr, ids, weights, *self._matrices(run.nx), *how)
+        else:
+            self.source.expect(ids)
         shared: Tensor = self.shared_experts(xr, run.nx)
+        if self.source is not None:
+            y = self.source.routed(xr, ids, weights, *how)
         y = y + wide(shared)
         return y.to(run.nx.dtype).view_as(x)
 
@@ -717,6 +735,8 @@ class Transformer(_Collapsing):
         self.head = Head(config.vocab_size, config.hidden_size)
         self.make_collapse(config)
         self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.mtp_layers))
+        # the context of a pass over ids, where experts have a source
+        self.reading: Callable[[Tensor], AbstractContextManager[None]] | None = None
 
     # ------------------------------------------------------------ forward
 
@@ -757,10 +777,11 @@ class Transformer(_Collapsing):
         """Streams ``[B, T, h, d]`` after the last block; ``keep`` collects those after each."""
         streams: Tensor = self.embed(run.ids, run.nx.dtype).unsqueeze(2)
         streams = streams.expand(-1, -1, self.config.hc_mult, -1)
-        for i, layer in enumerate(self.layers):
-            streams = layer(streams, run, i)
-            if keep is not None:
-                keep.append(streams)
+        with self.reading(run.ids) if self.reading is not None else nullcontext():
+            for i, layer in enumerate(self.layers):
+                streams = layer(streams, run, i)
+                if keep is not None:
+                    keep.append(streams)
         return streams
 
     def logits(self, streams: Tensor, run: Pass) -> Tensor:

@@ -52,6 +52,30 @@ DatabaseUrl = Annotated[
 ]
 
 
+def size_of(text: str) -> int:
+    """Bytes, from such as 500MB, 8G or 1.5e9."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9}
+    number, factor = text.upper().strip().removesuffix("B"), 1
+    for unit, value in units.items():
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), value
+    try:
+        return int(float(number) * factor)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"expected bytes, such as 4GB or 500MB, got {text}") from None
+
+
+ExpertMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=size_of, metavar="SIZE",
+        help="Memory for routed experts, such as 8GB; others are read from disk when chosen."
+        " Default: all of them if they fit, else what is left.",
+        show_default=False,
+    ),
+]
+
+
 def open_database(url: str | None) -> Database:
     from ..server import ledger  # noqa: F401  declares its tables
     from ..server.database import Database

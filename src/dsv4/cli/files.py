@@ -10,7 +10,7 @@ import typer
 
 from ..config import PRESETS, V4Config
 from ..errors import ConfigError
-from .app import Json, app, bar, count, human, packaged
+from .app import Json, app, bar, count, human, packaged, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,22 +112,10 @@ def inspect(
     console.print("\n".join(lines), highlight=False)
 
 
-def _size(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, factor = text.upper().strip(), 1
-    for unit, value in units.items():
-        if number.endswith(unit):
-            number, factor = number.removesuffix(unit), value
-    try:
-        return int(float(number) * factor)
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"expected bytes, such as 4GB or 500MB, got {text}") from None
-
-
 ShardBytes = Annotated[
     int | None,
     typer.Option(
-        parser=_size, metavar="SIZE", help="Largest file, such as 500MB. Default: as published."
+        parser=size_of, metavar="SIZE", help="Largest file, such as 500MB. Default: as published."
     ),
 ]
 

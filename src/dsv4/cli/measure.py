@@ -12,7 +12,7 @@ import typer
 
 from ..errors import ConfigError
 from ..train.launch import WithDefault
-from .app import Json, Threads, app, human, packaged
+from .app import ExpertMemory, Json, Threads, app, human, packaged, size_of
 
 bench_app = typer.Typer(cls=WithDefault, help="Measure speed and memory, beside the machine's own.")
 app.add_typer(bench_app, name="bench")
@@ -196,6 +196,83 @@ def bench_layers(
             " memory, if layers of one kind cost the same (a kind not measured: the mean)",
             highlight=False,
         )
+    console.print(_machine_line(report["machine"]), highlight=False)
+
+
+@bench_app.command("experts")
+def bench_experts(
+    model: Annotated[str, typer.Argument(help="Folder of a model larger than the limit.")],
+    limit: Annotated[
+        int, typer.Option(parser=size_of, metavar="SIZE", help="Memory of the whole process.")
+    ] = "10GB",  # type: ignore[assignment]  # the parser reads it
+    expert_memory: ExpertMemory = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 512,
+    new: Annotated[int, typer.Option(help="Tokens decoded one at a time.", min=1)] = 32,
+    check: Annotated[
+        bool, typer.Option(help="Compare the logits with those of the weights mapped whole.")
+    ] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Routed experts on disk: a model that is larger than the memory it may use.
+
+    What is read, beside what the policy predicts, and the share of the disk's rate.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 synth /tmp/flash-7 --layers 7 --set num_nextn_predict_layers=0    27 GB
+      dsv4 bench experts /tmp/flash-7 --limit 10GB
+      dsv4 bench experts /tmp/flash-7 --limit 10GB --new 128 --no-check --json
+    """
+    from ..bench_experts import PHASES, run
+
+    report = run(
+        model, limit=limit, expert_memory=expert_memory, prompt=prompt, new=new, check=check,
+        threads=threads, say=_progress,
+    )  # fmt: skip
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    size, memory, disk = report["model"], report["memory"], report["disk"]
+    phases = [report[phase] for phase in PHASES]
+    table = Table(
+        title=f"{human(size['file_bytes'])} in {human(limit)} ({report['limit_by']})",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("", no_wrap=True)
+    for name in (f"prefill {prompt}", f"decode {new}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[str, str] = {
+        "tokens a second": "{tokens_per_s:.2f}",
+        "experts used": "{experts_used:,}",
+        "found in memory": "{hit_rate:.1%}",
+        "read / predicted": "{of_predicted:.3f}",
+        "GB a second": "{gb_per_s:.2f}",
+        "of the disk's rate": "{of_disk:.0%}",
+        "time spent waiting for it": "{waiting:.0%}",
+    }
+    for label, text in rows.items():
+        table.add_row(label, *(text.format(**phase) for phase in phases))
+        if label == "found in memory":
+            table.add_row("read", *(human(p["read_bytes"]) for p in phases))
+            table.add_row("read for a token", *(human(int(p["bytes_per_token"])) for p in phases))
+    console = Console()
+    console.print(table)
+    same = {None: "not compared", True: "the same, bit for bit", False: "DIFFERENT"}
+    for line in (
+        f"memory for {memory['experts']:,} of {size['layers'] * size['experts']:,} experts,"
+        f" {human(memory['expert_bytes'])}; always there: {human(memory['other_bytes'])};"
+        f" at most: {human(memory['peak_bytes'])}",
+        f"disk: {disk['expert_gb_per_s']:.2f} GB/s in reads of an expert,"
+        f" {disk['ordered_gb_per_s']:.2f} in order",
+        f"logits beside those of the weights mapped whole: {same[report['same_logits']]}",
+    ):
+        console.print(line, highlight=False)
     console.print(_machine_line(report["machine"]), highlight=False)
 
 

@@ -11,6 +11,7 @@ import typer
 from .app import (
     Context,
     DatabaseUrl,
+    ExpertMemory,
     ModelName,
     Numerics,
     Seed,
@@ -49,6 +50,7 @@ def serve(
         Path | None, typer.Option(help="Keep it here too, for when the server starts again.")
     ] = None,
     cache_dir_gb: Annotated[float, typer.Option(help="How much of it, in GB.")] = 20.0,
+    expert_memory: ExpertMemory = None,
     pro: Annotated[
         str | None,
         typer.Option(help="Another model, for deepseek-v4-pro (Expert). Default: the same."),
@@ -96,7 +98,7 @@ def serve(
       dsv4 serve ./my-model --port 9000 --api-key secret
       dsv4 keys create phone && dsv4 serve --host 0.0.0.0
     """
-    from ..api import load
+    from ..api import SPARE, load
     from ..engine.disk import DiskTier
     from ..server import LocalBackend, create_app
     from ..server.accounts import Keys, is_loopback
@@ -109,7 +111,11 @@ def serve(
     Keys(opened).check_exposure(host, api_key)
     sock = listen(host, port)  # before the model is loaded, which may take long
     port = sock.getsockname()[1]
-    loaded = load(model, numerics=numerics)
+    memory: dict[str, Any] = {
+        "expert_memory": expert_memory,
+        "spare_memory": int(cache_gb * 1e9) + SPARE,
+    }
+    loaded = load(model, numerics=numerics, **memory)
     use_threads(threads)
     options: dict[str, Any] = {
         "max_running": max_running,
@@ -125,7 +131,7 @@ def serve(
         return LocalBackend(model, **options, disk=disk)
 
     backend = backend_of(loaded)
-    expert = backend_of(load(pro, numerics=numerics)) if pro else None
+    expert = backend_of(load(pro, numerics=numerics, **memory)) if pro else None
     application = create_app(
         backend,
         pro=expert,
@@ -171,6 +177,7 @@ def chat(
     seed: Seed = None,
     numerics: Numerics = "official",
     context: Context = None,
+    expert_memory: ExpertMemory = None,
     threads: Threads = None,
 ) -> None:
     """Talk to a model in the terminal; /help lists the commands there.
@@ -187,7 +194,7 @@ def chat(
     from ..server import LocalBackend
 
     sampling = params(max_tokens, temperature, top_p, seed)
-    loaded = load(model, numerics=numerics)
+    loaded = load(model, numerics=numerics, expert_memory=expert_memory)
     use_threads(threads)
     backend = LocalBackend(loaded, context_length=context)
     try:
@@ -209,6 +216,7 @@ def generate(
         bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
     ] = False,
     numerics: Numerics = "official",
+    expert_memory: ExpertMemory = None,
     threads: Threads = None,
 ) -> None:
     """Print what a model answers to one prompt, as it comes. Reasoning goes to stderr.
@@ -226,7 +234,7 @@ def generate(
     sampling = params(max_tokens, temperature, top_p, seed)
     effort = checked_level(think)
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load(model, numerics=numerics)
+    loaded = load(model, numerics=numerics, expert_memory=expert_memory)
     use_threads(threads)
     if raw:
         continue_text(loaded, text, sampling)

@@ -66,6 +66,7 @@ class LocalBackend:
         self.efforts = efforts_of(model.folder)
         self.replay = Replay()
         self.counters = Counters()
+        self._experts = model.experts
 
     async def chat(self, request: ChatRequest | FillRequest) -> Answer:
         # a long prompt takes a while to tokenize, so not on the event loop
@@ -89,6 +90,18 @@ class LocalBackend:
             "cached_places": stats.cuts,
             "cache_bytes": stats.cache_bytes,
             "empty_answers_retried": self.counters.empty_answers,
+            **self._reads(),
+        }
+
+    def _reads(self) -> dict[str, int]:
+        """Routed experts that passes used, and had to read from disk; none if all are in memory."""
+        if self._experts is None:
+            return {}
+        counts, size, *_ = self._experts.stats()
+        return {
+            "experts_used": counts.used,
+            "experts_read": counts.read,
+            "expert_bytes_read": size,
         }
 
     def close(self) -> None:
