@@ -16,7 +16,7 @@ import dsv4
 from dsv4 import kernels, quant
 from dsv4.config import V4Config
 from dsv4.kernels import reference
-from dsv4.model import FLOAT64, TRAIN_QAT, Transformer, fp4_rotated
+from dsv4.model import FLOAT64, TRAIN_QAT, Noted, Transformer, fp4_rotated
 from dsv4.train.losses import Objective, learned_gates, losses, routes
 
 LENGTHS = [1, 70, 2, 41, 3]
@@ -38,7 +38,7 @@ def batch(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
 def by_hand(net: Transformer, ids: Tensor, weights: Tensor) -> defaultdict[str, Tensor]:
     """Sums over one sample, from all its logits and from the definitions."""
     run = net.start(ids, FLOAT64)
-    run.balance, run.dense = [], True
+    run.noted, run.dense = Noted(), True
     streams = net.trunk(run)
     log_p = net.logits(streams, run)[0].log_softmax(-1).detach()
     sums = defaultdict[str, Tensor](lambda: weights.new_zeros(()))
@@ -48,7 +48,7 @@ def by_hand(net: Transformer, ids: Tensor, weights: Tensor) -> defaultdict[str, 
         ahead = net.mtp_logits(net.mtp_streams(streams, run), run)[0].log_softmax(-1).detach()
         for t in range(2, ids.shape[1]):
             sums["mtp"] -= weights[0, t] * ahead[t - 2, ids[0, t]]
-    for gate, (scores, chosen) in enumerate(run.balance):
+    for gate, (scores, chosen) in enumerate(run.noted.balance):
         n, experts = scores.shape
         for e in range(experts):
             share = (chosen == e).double().mean() * experts

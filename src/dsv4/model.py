@@ -138,8 +138,7 @@ class Pass:
     dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
     recompute: bool = False  # blocks keep their input only and are done again for the gradient
     routes: Mapping[nn.Module, Tensor] | None = None  # experts [N, K] that each Gate has to take
-    balance: list[tuple[Tensor, Tensor]] | None = None  # collects (scores, ids) of each router
-    index_losses: list[Tensor] | None = None  # collects the divergences of the indexers
+    noted: Noted | None = None  # what losses want to know
     _rotations: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
 
     def rotation(self, compressed: bool, start: int, count: int, step: int = 1) -> Tensor:
@@ -169,7 +168,12 @@ class Pass:
 
     def indexing(self) -> torch.set_grad_enabled:
         """The context in which indexers work: without a gradient unless they have a loss."""
-        return torch.set_grad_enabled(self.index_losses is not None and torch.is_grad_enabled())
+        return torch.set_grad_enabled(self.trains_indexers and torch.is_grad_enabled())
+
+    @property
+    def trains_indexers(self) -> bool:
+        """Whether indexers have a loss."""
+        return self.noted is not None and self.noted.indexers
 
     @property
     def longest(self) -> int:
@@ -177,6 +181,16 @@ class Pass:
         if self.parts:
             return max(part.longest for part in self.parts)
         return self.start + self.ids.shape[1] if self.packing is None else self.packing.longest
+
+
+class Noted:
+    """What training wants to know of a pass: ``balance``, the scores ``[N, E]`` and experts
+    ``[N, K]`` of each learned router, and ``divergences`` of the indexers, if they have a loss."""
+
+    def __init__(self, indexers: bool = False) -> None:
+        self.indexers = indexers
+        self.balance: list[tuple[Tensor, Tensor]] = []
+        self.divergences: list[Tensor] = []
 
 
 class Continued(NamedTuple):
@@ -369,7 +383,7 @@ class Indexer(nn.Module):
         No gradient goes from the indexer to the layers before it."""
         x, q_latent = x.detach(), q_latent.detach()
         pooled = self.compressor.project(x, run.nx)
-        if run.longest // 4 <= self.topk and run.index_losses is None:
+        if run.longest // 4 <= self.topk and not run.trains_indexers:
             return pooled
         q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
         q = fp4_rotated(kernels.rope(q, run.turn(True).unsqueeze(-3)), run.nx)
@@ -419,7 +433,7 @@ class Attention(nn.Module):
         tokens = [q, kv]
         if self.compressor is not None:
             tokens += self.compressor.project(x, nx)
-        if self.indexer is not None and not (run.dense and run.index_losses is None):
+        if self.indexer is not None and not (run.dense and not run.trains_indexers):
             with run.indexing():
                 tokens += self.indexer.project(x, latent_r, run)
         losses: Sequence[Tensor] = ()
@@ -435,8 +449,8 @@ class Attention(nn.Module):
             batches = zip(*map(run.packing.split, tokens), strict=True)
             outs = zip(*(self.attend(batch, run, None) for batch in batches), strict=True)
             out, *losses = map(run.packing.join, outs)
-        if run.index_losses is not None:
-            run.index_losses += [loss.mean() for loss in losses]
+        if run.noted is not None:
+            run.noted.divergences += [loss.mean() for loss in losses]
         out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
         grouped = kernels.grouped_linear(
             out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
@@ -462,7 +476,7 @@ class Attention(nn.Module):
             with run.indexing():
                 keys = self.indexer.compressor(*projected[2:4], run, state)
             chosen = self.indexer.choose(keys, projected[4:], run)
-            if run.index_losses is not None:
+            if run.trains_indexers:
                 assert isinstance(keys, Tensor) and isinstance(rows, Tensor)
                 index_q, weights = projected[4:]
                 losses.append(
@@ -519,8 +533,8 @@ class Gate(nn.Module):
             logits, self.bias, given, c.num_experts_per_tok, c.norm_topk_prob,
             c.routed_scaling_factor,
         )  # fmt: skip
-        if self.tid2eid is None and run.balance is not None:
-            run.balance.append((scores, chosen))
+        if self.tid2eid is None and run.noted is not None:
+            run.noted.balance.append((scores, chosen))
         return chosen, weights
 
 
@@ -578,7 +592,7 @@ class MoE(nn.Module):
         if found is None:
             w1, w2, w3 = (_Matrices(self.experts, name, nx) for name in ("w1", "w2", "w3"))
             found = w1, w2, w3
-            if not self.gate.weight.requires_grad:
+            if not (self.gate.weight.requires_grad or torch.is_grad_enabled()):
                 self._frozen[nx] = found
         return found
 
@@ -644,20 +658,18 @@ class Block(nn.Module):
         """``forward`` that keeps nothing but its input, and is done again for the gradient."""
 
         def once(streams: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
-            # what a pass collects is returned, so that doing it again leaves no trace
-            balance: list[tuple[Tensor, Tensor]] = []
-            index_losses: list[Tensor] | None = None if run.index_losses is None else []
-            part = replace(run, recompute=False, balance=balance, index_losses=index_losses)
-            return self(streams, part, layer), balance, index_losses or []
+            # what is noted is returned, so that doing it again leaves no trace
+            noted = Noted(run.trains_indexers)
+            out = self(streams, replace(run, recompute=False, noted=noted), layer)
+            return out, noted.balance, noted.divergences
 
         out: Tensor
-        out, balance, index_losses = checkpoint(
+        out, balance, divergences = checkpoint(
             once, streams, use_reentrant=False, preserve_rng_state=False
         )
-        if run.balance is not None:
-            run.balance += balance
-        if run.index_losses is not None:
-            run.index_losses += index_losses
+        if run.noted is not None:
+            run.noted.balance += balance
+            run.noted.divergences += divergences
         return out
 
 

@@ -1,29 +1,34 @@
 """The processes that train one model together: who has which samples, gradients and matrices.
 
 Started by torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT), the
-ranks form a mesh ``[data, expert]``. Every rank takes its own samples of each batch. Parameters
-are the same on all ranks, except that the routed experts are divided along ``expert``: a rank
-holds every n-th, and tokens travel to their experts and back (all-to-all). Gradients are summed
-over the ranks that hold a parameter. Each parameter, matrices whole, is updated by one rank, which
-alone has the optimizer's state of it and then tells the others. Nothing here knows the
-transport: torch.distributed chooses one for the devices there are.
+ranks form a mesh ``[data, expert]``. Every rank takes its own samples of each batch.
+
+Parameters are sharded by rows (FSDP2): a block's are whole on a rank only while it computes the
+block. The routed experts may be divided along ``expert`` before: a rank computes every n-th, tokens
+travel to their experts and back (all-to-all), and each expert is sharded along ``data`` alone.
+Gradients are summed into shards likewise. Muon wants whole matrices, so every parameter has one
+rank that owns it: there, gradients' shards come together, the optimizer's state lives, the update
+is made, and its rows go out to the shards again. Nothing here knows the transport:
+torch.distributed chooses one for the devices there are.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from .. import kernels
 from ..errors import TrainingError
-from ..model import MoE, Pass, Transformer
+from ..model import Block, Gate, MoE, MTPBlock, Pass, Transformer
 from .data import Batch
 from .optim import uses_muon
 
@@ -120,73 +125,141 @@ class Ranks:
 
     # ------------------------------------------------------------ parameters
 
-    def divide(self, net: Transformer) -> None:
-        """Leave this rank its share of the routed experts."""
-        if self.mesh is not None and self.experts > 1:
-            group = self.mesh.get_group("expert")
-            for block in [*net.layers, *net.mtp]:
-                block.ffn = DividedMoE(block.ffn, group)
+    def divide(self, net: Transformer) -> dict[str, nn.Parameter]:
+        """Leave this rank its share of the network, and return the parameters it looks after.
 
-    def owned(self, net: Transformer) -> set[str]:
-        """The parameters that this rank updates: about as much work as the others have."""
+        Those are whole: what it owns, to be updated here and shown to ``net`` by ``spread``, and
+        the routers' biases and tables, which all ranks have. A single process has everything.
+        """
         if self.mesh is None:
-            return set(_trained(net))
-        owned = set()
-        for group, names in self._by_group(_trained(net)).items():
-            for name, owner in zip(names, self._owners(group, names), strict=True):
-                if owner == group.rank():
-                    owned.add(name)
-        return owned
+            return dict(net.named_parameters())
+        if self.experts > 1:
+            for block in [*net.layers, *net.mtp]:
+                block.ffn = DividedMoE(block.ffn, self.mesh.get_group("expert"))
+        held = {n: p for n, p in net.named_parameters() if _is_everywhere(net, n)}
+        everywhere = set(held.values())
+        for part in self._parts(net):
+            held |= {
+                n: nn.Parameter(p.detach().clone(), p.requires_grad)
+                for n, p, owner in part.parameters()
+                if owner == part.group.rank()
+            }
+        self._shard(net, everywhere)
+        return held
 
-    def tell_updates(self, net: Transformer) -> None:
-        """Give every parameter to all its holders, from the one that has updated it."""
-        for group, names in self._by_group(_trained(net)).items():
-            owners = self._owners(group, names)
-            for rank in range(group.size()):
-                mine = [t for t, owner in zip(names.values(), owners, strict=True) if owner == rank]
-                for bucket in _buckets(mine):
-                    with _flattened(bucket) as flat:
-                        dist.broadcast(flat, group=group, group_src=rank)
+    def _shard(self, net: Transformer, everywhere: set[nn.Parameter]) -> None:
+        """Shard all parameters but those that are everywhere. Experts that are divided already are
+        a unit of their own, over fewer ranks; what else their layer has is none of it."""
+        assert self.mesh is not None
+        world = init_device_mesh("cpu", (self.size,))
+        blocks = [*net.layers, *net.mtp]
+        units: list[tuple[nn.Module, DeviceMesh]] = [(net.embed, world)]
+        for block in blocks:
+            if self.experts > 1:
+                moe = block.ffn
+                units += [(moe.gate, world), (moe.shared_experts, world), (moe, self.mesh["data"])]
+            units.append((block, world))
+        for module, mesh in [*units, (net, world)]:
+            methods = _METHODS.get(type(module), ())
+            fully_shard(module, mesh=mesh, ignored_params=everywhere, reshard_after_forward=True)
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)  # gradients of shares of a loss: summed
+            module.set_force_sum_reduction_for_comms(True)
+            for method in methods:
+                register_fsdp_forward_method(module, method)
+            if isinstance(module, (Block, DividedMoE)):
+                module.register_forward_pre_hook(_touch)
 
-    def sum_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Sum gradients in place over the ranks that hold their parameter."""
-        for group, some in self._by_group(gradients).items():
-            for bucket in _buckets(some.values()):
-                with _flattened(bucket) as flat:
-                    dist.all_reduce(flat, group=group)
+    def gather(self, net: Transformer, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the ranks that own the parameters of these names.
+
+        ``shards``: a tensor sharded like its parameter, for the same names on all ranks.
+        """
+        if self.mesh is None:
+            return dict(shards)
+        whole: dict[str, Tensor] = {}
+        for part in self._parts(net):
+            for bucket in part.buckets(shards):
+                send = [
+                    [_local(shards[n]) for n, _, owner in bucket if owner == rank]
+                    for rank in range(part.group.size())
+                ]
+                mine = [(n, p) for n, p, owner in bucket if owner == part.group.rank()]
+                whole |= {n: torch.empty(p.shape, dtype=p.dtype) for n, p in mine}
+                _exchange(send, part.rows([whole[n] for n, _ in mine]), part.group)
+        return whole
+
+    def spread(self, net: Transformer, held: Mapping[str, Tensor]) -> None:
+        """Give every parameter's rows to the ranks that have them in their shards, from its owner;
+        ``held`` is what ``divide`` has returned."""
+        if self.mesh is None:
+            return
+        with torch.no_grad():
+            for part in self._parts(net):
+                for bucket in part.buckets():
+                    mine = [held[n] for n, _, owner in bucket if owner == part.group.rank()]
+                    receive = [
+                        [_local(p) for _, p, owner in bucket if owner == rank]
+                        for rank in range(part.group.size())
+                    ]
+                    _exchange(part.rows(mine), receive, part.group)
 
     def norm(self, gradients: Mapping[str, Tensor]) -> float:
-        """The norm of the gradients of all parameters, wherever they are."""
-        divided_ones = [g for n, g in gradients.items() if self._is_divided(n)]
-        rest = [g for n, g in gradients.items() if not self._is_divided(n)]
-        squares = torch.nn.utils.get_total_norm(divided_ones).double().square()
-        if self.mesh is not None and self.experts > 1:
-            dist.all_reduce(squares, group=self.mesh.get_group("expert"))
-        return float((torch.nn.utils.get_total_norm(rest).double().square() + squares).sqrt())
+        """The norm of the gradients of all parameters, wherever their shards are."""
+        mine = torch.nn.utils.get_total_norm([_local(g) for g in gradients.values()])
+        return math.sqrt(self.summed([float(mine) ** 2])[0])
 
-    def _is_divided(self, name: str) -> bool:
-        return self.experts > 1 and ".experts." in name
-
-    def _by_group(
-        self, tensors: Mapping[str, Tensor]
-    ) -> dict[dist.ProcessGroup, dict[str, Tensor]]:
-        """Tensors by the group of ranks that hold them; nothing when there is one rank."""
-        if self.mesh is None:
-            return {}
+    def _parts(self, net: Transformer) -> list[_Part]:
+        """The parameters that are sharded, by the group of ranks that they are sharded over."""
+        assert self.mesh is not None and dist.group.WORLD is not None
         groups: dict[dist.ProcessGroup, dict[str, Tensor]] = {}
-        everyone, data = dist.group.WORLD, self.mesh.get_group("data")
-        assert everyone is not None
-        for name, t in tensors.items():
-            group = data if self._is_divided(name) else everyone
-            groups.setdefault(group, {})[name] = t
-        return groups
+        for name, p in net.named_parameters():
+            if not _is_everywhere(net, name):
+                divided_one = self.experts > 1 and ".experts." in name
+                group = self.mesh.get_group("data") if divided_one else dist.group.WORLD
+                groups.setdefault(group, {})[name] = p
+        return [_Part(group, some) for group, some in groups.items()]
 
-    @staticmethod
-    def _owners(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> list[int]:
+
+class _Part:
+    """Parameters sharded over one group of ranks, and who owns each."""
+
+    def __init__(self, group: dist.ProcessGroup, named: Mapping[str, Tensor]) -> None:
+        self.group, self.named = group, named
         work = [  # Newton-Schulz, or AdamW
-            t.numel() * (min(t.shape) if uses_muon(name, t) else 1) for name, t in tensors.items()
+            p.numel() * (min(p.shape) if uses_muon(name, p) else 1) for name, p in named.items()
         ]
-        return divided(work, group.size())
+        self.owners = divided(work, group.size())
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter, int]]:
+        """Name, parameter, and rank in the group of its owner."""
+        for (name, p), owner in zip(self.named.items(), self.owners, strict=True):
+            yield name, cast(nn.Parameter, p), owner
+
+    def buckets(
+        self, only: Iterable[str] | None = None
+    ) -> Iterator[list[tuple[str, nn.Parameter, int]]]:
+        """The parameters, or those of these names, in groups of about BUCKET elements."""
+        wanted = self.named.keys() if only is None else set(only)
+        bucket, size = [], 0
+        for each in self.parameters():
+            if each[0] in wanted:
+                bucket.append(each)
+                size += each[1].numel()
+                if size >= BUCKET:
+                    yield bucket
+                    bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+    def rows(self, whole: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Of every rank in the group, its rows of each of these tensors: the shards."""
+        size = self.group.size()
+        heights = [-(-len(t) // size) for t in whole]
+        return [
+            [t[n * rank : n * (rank + 1)] for t, n in zip(whole, heights, strict=True)]
+            for rank in range(size)
+        ]
 
 
 def divided(sizes: Sequence[int], parts: int) -> list[int]:
@@ -199,29 +272,59 @@ def divided(sizes: Sequence[int], parts: int) -> list[int]:
     return owner
 
 
-def _trained(net: Transformer) -> dict[str, Tensor]:
-    return {name: p.data for name, p in net.named_parameters() if p.requires_grad}
+def _is_everywhere(net: Transformer, name: str) -> bool:
+    """Routers' biases and tables: small, not made by the optimizer, the same on all ranks."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf != "weight" and isinstance(net.get_submodule(owner), Gate)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in groups of about BUCKET elements."""
-    bucket: list[Tensor] = []
-    for t in tensors:
-        bucket.append(t)
-        if sum(each.numel() for each in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
+def _local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
-@contextmanager
-def _flattened(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """One vector of all elements; what is done to it is done to the tensors."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    yield flat
-    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(part.view_as(t))
+def _exchange(
+    send: Sequence[Sequence[Tensor]], receive: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
+) -> None:
+    """Send each rank of the group its list of tensors, and fill those that come from each."""
+    out = torch.cat([torch.empty(0), *(t.flatten() for some in send for t in some)])
+    into = out.new_empty(sum(t.numel() for some in receive for t in some))
+    arrive, leave = ([sum(t.numel() for t in some) for some in x] for x in (receive, send))
+    dist.all_to_all_single(into, out, arrive, leave, group)
+    begin = 0
+    for t in (t for some in receive for t in some):
+        t.copy_(into[begin : begin + t.numel()].view_as(t))
+        begin += t.numel()
+
+
+# what else than ``forward`` computes with a unit's parameters
+_METHODS: dict[type, tuple[str, ...]] = {
+    MTPBlock: ("predict", "collapse"),
+    Transformer: ("trunk", "logits", "mtp_streams", "mtp_logits"),
+}
+
+
+def _touch(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook before ``forward``: every parameter of the unit gets a gradient, if only zero.
+
+    Which experts, compressors and indexers a rank needs depends on its samples, but all ranks
+    must sum the same gradients.
+    """
+    if not torch.is_grad_enabled():
+        return args
+    mine = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    touched = _Touch.apply(args[0], *mine)  # type: ignore[no-untyped-call]
+    return (touched, *args[1:])
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype) for p in parameters]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.like)
 
 
 # ------------------------------------------------------------------ experts on several ranks

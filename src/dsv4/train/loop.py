@@ -75,9 +75,8 @@ class Run:
             r.optimizer == "muon", r.weight_decay, r.momentum, r.update_rms,
             (r.beta1, r.beta2), r.eps, dtype=DTYPES[r.dtype],
         )  # fmt: skip
-        self.ranks.divide(self.net)
-        owned = self.ranks.owned(self.net)
-        self.optim = MuonAdamW(self.net.named_parameters(), settings, owned.__contains__)
+        self.held = self.ranks.divide(self.net)  # what this process updates and saves
+        self.optim = MuonAdamW(self.held.items(), settings)
         self.gates = learned_gates(self.net)
         self.spikes = SpikeWatch(r.spike_window, r.spike_factor)
         self.anticipate_until = 0  # routing is done ahead for the steps before this one
@@ -149,28 +148,29 @@ class Run:
             for name, p in self.net.named_parameters()
             if p.requires_grad and objective.trains(name)
         }
-        self.ranks.sum_gradients(gradients)
         norm = self.ranks.norm(gradients)
         if self._is_spike(parts["loss"] if math.isfinite(norm) else norm, log):
             self.net.zero_grad()
             return None
         line_due = (self.step + 1) % r.log_every == 0
         sizes, updates = GroupRMS(), GroupRMS()
-        for name, p in self.net.named_parameters():
+        gradients = self.ranks.gather(self.net, gradients)
+        for name, p in self.held.items():
             p.grad = gradients.get(name)
             if p.grad is not None:
                 if line_due:
                     sizes.add(name, p.grad)
                 p.grad.mul_(min(1.0, r.grad_clip / (norm + 1e-6)))
         self.optim.step(r.lr_at(self.step), updates.add if line_due else None)
-        self.ranks.tell_updates(self.net)
+        self.ranks.spread(self.net, self.held)
         self.net.zero_grad()
         if objective.attention != "warmup":
             self._balance(loads)
         self.spikes.add(parts["loss"])
         shown: dict[str, Any] = {}
         if line_due:
-            shown = {"grad_rms": sizes.values(), "update_rms": updates.values(self.ranks.summed)}
+            rms = {"grad_rms": sizes, "update_rms": updates}
+            shown = {name: each.values(self.ranks.summed) for name, each in rms.items()}
             shown |= probe(self.net, self.ranks.parts(batch)[0], objective.numerics)
         self._ahead.popleft()
         self.step += 1
@@ -356,7 +356,7 @@ class Run:
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by name."""
         return (
-            _named_model(self.net)
+            {f"model.{name}": p.data for name, p in self.held.items()}
             | {f"optim.{name}": t for name, t in self.optim.state.items()}
             | {
                 f"routes.{self.ranks.rank}.{ahead}.{part}.{gate}": t
@@ -433,6 +433,7 @@ class Run:
         kept = facts["routes"] if facts["ranks"] == self.ranks.size else 0
         self.routes = deque(self._blank_routes(ahead) for ahead in range(kept))
         self.checkpoints.load(step, self._tensors())
+        self.ranks.spread(self.net, self.held)
         self.tokens, self.seconds = facts["tokens"], facts["seconds"]
         self.spikes.losses.clear()
         self.spikes.losses.extend(facts["losses"])
@@ -457,13 +458,10 @@ class Run:
         if self.ranks.size > 1:  # this rank may hold but a part; the last checkpoint is whole
             net = Transformer(self.config)
             net.init_weights(self.recipe.seed)
-            self.checkpoints.load(self.step, _named_model(net), alone=True)
+            whole = {f"model.{name}": t for name, t in net.state_dict().items()}
+            self.checkpoints.load(self.step, whole, alone=True)
         export(net, self.folder / "parent", _float_config(self.config), self.tokenizer)
         export(net, self.folder / "model", self.config, self.tokenizer)
-
-
-def _named_model(net: Transformer) -> dict[str, Tensor]:
-    return {f"model.{name}": t for name, t in net.state_dict().items()}
 
 
 def _float_config(config: V4Config) -> V4Config:

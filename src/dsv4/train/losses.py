@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..model import Gate, Numerics, Pass, Transformer
+from ..model import Gate, Noted, Numerics, Pass, Transformer
 from .data import Batch
 
 ATTENTION = ("dense", "warmup", "sparse")
@@ -122,7 +122,7 @@ def losses(
             raise TrainingError("routes", expected=f"{len(gates)} gates", got=len(routes))
         run.routes = dict(zip(gates, routes, strict=True))
     run.recompute = objective.recompute and objective.attention != "warmup"
-    run.index_losses = [] if objective.trains_indexers else None
+    noted = run.noted = Noted(objective.trains_indexers)
     place, sample = _places(run)
     wanted = weights.flatten()
     # a target's prediction stands one token before it, or two in a row that lacks the last
@@ -145,20 +145,20 @@ def losses(
             mtp = shares.mtp * mtp
             total = total + objective.mtp_weight * mtp
             parts["mtp"] = mtp.item()
-    assert run.balance is not None
-    done = list(zip(run.balance, owners, seen, strict=False))  # perhaps without the MTP block
+    done = list(zip(noted.balance, owners, seen, strict=False))  # perhaps without the MTP block
     balance = sum(
         (share * _balance(*each, owner) for each, owner, share in done), start=total.new_zeros(())
     )
     total = total + objective.balance_weight * balance
     parts["balance"] = balance.item()
-    if run.index_losses:
-        index = shares.tokens * torch.stack(run.index_losses).sum()
+    if noted.divergences:
+        index = shares.tokens * torch.stack(noted.divergences).sum()
         total = total + objective.index_weight * index
-        parts["index"] = index.item() / len(run.index_losses)
-    loads = [torch.zeros_like(gate.weight[:, 0], dtype=torch.int64) for gate in gates]
-    for load, (_, chosen) in zip(loads, run.balance, strict=False):
-        load += torch.bincount(chosen.flatten(), minlength=len(load))
+        parts["index"] = index.item() / len(noted.divergences)
+    experts = net.config.n_routed_experts
+    loads = [torch.zeros(experts, dtype=torch.int64, device=ids.device) for _ in gates]
+    for load, (_, chosen) in zip(loads, noted.balance, strict=False):
+        load += torch.bincount(chosen.flatten(), minlength=experts)
     return total, parts, loads
 
 
@@ -170,11 +170,11 @@ def routes(
     they are now: computed some steps ahead and given to ``losses``, they are anticipatory routing.
     """
     run = _start(net, ids, lengths, objective)
+    noted = run.noted = Noted()
     streams = net.trunk(run)
     if net.mtp:
         net.mtp_streams(streams, run)
-    assert run.balance is not None
-    return [chosen for _, chosen in run.balance]
+    return [chosen for _, chosen in noted.balance]
 
 
 def learned_gates(net: Transformer) -> list[Gate]:
@@ -187,7 +187,6 @@ def _start(
 ) -> Pass:
     run = net.start(ids, objective.numerics, lengths=lengths)
     run.dense = objective.attention != "sparse"
-    run.balance = []
     return run
 
 
@@ -223,8 +222,6 @@ def _token_loss(
 ) -> Tensor:
     """Mean cross-entropy of the tokens ``targets``, predicted by the rows ``at`` of ``streams``,
     weighted; 0 of none. Only their logits are computed."""
-    if not len(targets):
-        return streams.new_zeros((), dtype=torch.float32)
     logits = head(streams.flatten(0, 1)[at], run)
     each = F.cross_entropy(logits, run.ids.flatten()[targets], reduction="none")
     w = weights[targets].to(each.dtype)

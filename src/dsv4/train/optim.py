@@ -62,26 +62,22 @@ class OptimSettings:
 
 
 class MuonAdamW:
-    """Updates the trainable parameters of a model in place.
+    """Updates the trainable ones among named parameters in place.
 
     Matrices of one shape are orthogonalised as one batch; each is a logical matrix of its own.
-    ``owns`` says which parameters are updated here; the others are somebody else's (ranks share
-    the work and the state). ``state`` holds everything needed to go on bit for bit, by parameter
+    ``state`` holds everything needed to go on bit for bit, by parameter
     name: ``.m`` the first moment, and for AdamW ``.v`` the second and ``.t`` the number of updates.
     """
 
     def __init__(
-        self,
-        named: Iterable[tuple[str, nn.Parameter]],
-        settings: OptimSettings,
-        owns: Callable[[str], bool] = lambda name: True,
+        self, named: Iterable[tuple[str, nn.Parameter]], settings: OptimSettings
     ) -> None:
         self.s = settings
         self._muon: dict[torch.Size, list[tuple[str, nn.Parameter]]] = defaultdict(list)
         self._adam: list[tuple[str, nn.Parameter]] = []
         self.state: dict[str, Tensor] = {}
         for name, p in named:
-            if not (p.requires_grad and owns(name)):
+            if not p.requires_grad:
                 continue
             if settings.muon and uses_muon(name, p):
                 self._muon[p.shape].append((name, p))
