@@ -49,7 +49,7 @@ test: $(VENV)/.dev    ## lint, types and every test
 	-tests/clients/install .clients $(BIN)/python
 	$(BIN)/python -m pytest
 
-test-clients: $(VENV)/.dev  ## run real clients (openai, anthropic, llm, aider), each in its own environment
+test-clients: $(VENV)/.dev  ## run real clients and agents (openai, anthropic, llm, aider, Claude Code, Codex, OpenCode)
 	tests/clients/install .clients $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_real_clients.py tests/test_agents_sessions.py
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ else:
 
 import httpx
 import pytest
+from agents import connect
 from live_server import HELLO, Server
 
 from dsv4.server import fields
@@ -75,23 +75,16 @@ def test_the_openapi_document_has_the_bodies(server: Server) -> None:
             assert properties[field]["description"] == what
 
 
-def connect(program: str, *more: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dsv4.cli", "connect", program, *more],
-        capture_output=True, text=True, check=True,
-        env={k: v for k, v in os.environ.items() if k != "DSV4_API_KEY"},
-    )  # fmt: skip
-    return done.stdout
-
-
 def test_the_printed_settings_lead_to_the_server(server: Server) -> None:
-    codex = tomllib.loads(connect("codex", "--url", server.url))
+    codex = tomllib.loads(connect("codex", server.url))
     provider = codex["model_providers"][codex["model_provider"]]
     body = {"model": codex["model"], "input": "Hello"}
     assert (
         httpx.post(f"{provider['base_url']}/{provider['wire_api']}", json=body).status_code == 200
     )
-    text = connect("opencode", "--url", server.url + "/", "--key", "k")
+    catalog = json.loads(connect("codex", server.url, "--catalog"))
+    assert [m["slug"] for m in catalog["models"]] == [codex["model"], "deepseek-v4-flash"]
+    text = connect("opencode", server.url + "/", "--key", "k")
     opencode = json.loads(text.partition("\n")[2])["provider"]["dsv4"]["options"]
     body = {"model": "deepseek-v4-pro", "messages": HELLO}
     assert opencode["apiKey"] == "k"
@@ -101,7 +94,7 @@ def test_the_printed_settings_lead_to_the_server(server: Server) -> None:
         ("claude", "ANTHROPIC_BASE_URL", "/v1/messages"),
         ("aider", "OPENAI_API_BASE", "/chat/completions"),
     ):
-        script = f"{connect(program, '--url', server.url).split('aider --model')[0]}\necho ${name}"
+        script = f"{connect(program, server.url).split('aider --model')[0]}\necho ${name}"
         base = subprocess.run(
             ["sh", "-c", script], capture_output=True, text=True, check=True
         ).stdout.strip()

@@ -1,7 +1,8 @@
-"""Real clients, each in its own environment, against a live server: ``make test-clients``.
+"""Real clients and coding agents, each in its own environment, against a live server.
 
-The model is scripted, so that what a client must get back is known; all else is real. A client
-that is not installed under $DSV4_CLIENTS is skipped.
+The model is scripted, so that what a client must get back is known; all else is real: the agents
+write files and run commands. ``make test-clients`` runs them; a client that is not installed under
+$DSV4_CLIENTS is skipped.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agents import AGENTS, DONE, STILL
 from live_server import CALL, Server
 from scripted_models import ScriptedModel, one_torch_thread, small_tokenizer  # noqa: F401
 
+import dsv4
 from dsv4.server import LocalBackend
+from dsv4.tokenizer import Tokenizer
 
 CLIENTS = Path(os.environ.get("DSV4_CLIENTS", Path(__file__).parents[1] / ".clients")).absolute()
 HERE = Path(__file__).parent / "clients"
@@ -61,6 +65,24 @@ def program(client: str, name: str = "python") -> Path:
     if not (CLIENTS / client / ".installed").exists():
         pytest.skip(f"{client} is not installed: make test-clients")
     return path
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_coding_agent_does_its_work(name: str, tmp_path: Path) -> None:
+    """It writes a file, runs a command and answers; asked more, it goes on in that session."""
+    agent = AGENTS[name]
+    if not (CLIENTS / name / ".installed").exists():
+        pytest.skip(f"{name} is not installed: make test-clients")
+    folder, home = tmp_path / "project", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    folder_of_nano = Path(dsv4.__file__).parent / "models" / "v4-nano"
+    model = ScriptedModel(Tokenizer.load(folder_of_nano / "tokenizer.json"))
+    model.script = agent.script(str(folder))
+    with Server(LocalBackend(model)) as server:
+        assert DONE in agent.run(CLIENTS, server.url, folder, home)
+        assert (folder / "days.txt").read_text(encoding="utf-8") == "three\n"
+        assert STILL in agent.run(CLIENTS, server.url, folder, home, again=True)
 
 
 def node(script: str, url: str) -> Any:

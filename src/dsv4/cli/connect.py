@@ -23,6 +23,9 @@ def connect(
         str, typer.Option(envvar="DSV4_API_KEY", help="A key of the server, if it wants one.")
     ] = "none",
     model: Annotated[str, typer.Option(help="The model to use.")] = "deepseek-v4-pro",
+    catalog: Annotated[
+        bool, typer.Option("--catalog", help="Codex: print the file that describes the models.")
+    ] = False,
 ) -> None:
     """Print the settings that connect a program to a dsv4 server.
 
@@ -31,7 +34,13 @@ def connect(
     \b
       dsv4 connect claude
       dsv4 connect codex --url http://gpu-box:8000 --key dsv4-...
+      dsv4 connect codex --catalog > ~/.codex/dsv4.json
     """
+    if catalog:
+        if program != "codex":
+            raise typer.BadParameter(f"only codex reads a catalog of models, not {program}")
+        print(json.dumps(_codex_catalog(model), indent=2))
+        return
     print(SETTINGS[program](url.rstrip("/"), key, model), end="")
 
 
@@ -56,8 +65,9 @@ def _codex(url: str, key: str, model: str) -> str:
 # how conversations are compacted.
 model = {json.dumps(model)}
 model_provider = "dsv4"
-model_context_window = {CONTEXT}
+model_catalog_json = "dsv4.json"
 model_reasoning_effort = "high"
+web_search = "disabled"
 
 [model_providers.dsv4]
 name = "dsv4"
@@ -65,9 +75,56 @@ base_url = {json.dumps(url + "/v1")}
 wire_api = "responses"
 env_key = "DSV4_API_KEY"
 
-# and in your shell:
+# and in your shell, which also writes the file that describes the models to Codex:
 #   export DSV4_API_KEY={shlex.quote(key)}
+#   dsv4 connect codex --model {shlex.quote(model)} --catalog > ~/.codex/dsv4.json
 """
+
+
+# What Codex tells a model that it does not know by itself; the tools describe themselves.
+_AGENT = """You are a coding agent in a terminal, working in the user's folder with the tools given.
+
+- Read before you write: look at the files that matter, and follow how they are written.
+- Do what was asked, completely, and nothing beside it. Fix causes rather than symptoms.
+- Change files with apply_patch; search, build and test with commands.
+- Check your work by running it when that is possible, and say what you saw. If something failed
+  or was not checked, say that.
+- Never undo changes that you did not make, and do not commit unless you are asked to.
+- Work until the task is done; ask only when you cannot decide alone.
+- End with a short answer: what changed and where, in plain words, paths in backticks.
+"""
+
+
+def _codex_catalog(model: str) -> dict[str, object]:
+    """The models as Codex's ``model_catalog_json`` describes them; without it Codex has neither
+    the patch tool nor the right context for them."""
+    efforts = {"low": "Short thoughts", "high": "The usual depth", "max": "As deep as it goes"}
+    levels = [{"effort": name, "description": about} for name, about in efforts.items()]
+    models = [
+        {
+            "slug": name,
+            "display_name": name,
+            "description": "Served by dsv4",
+            "base_instructions": _AGENT,
+            "context_window": CONTEXT,
+            "effective_context_window_percent": 95,
+            "default_reasoning_level": "high",
+            "supported_reasoning_levels": levels,
+            "apply_patch_tool_type": "freeform",
+            "shell_type": "shell_command",
+            "supports_parallel_tool_calls": True,
+            "supports_reasoning_summaries": False,
+            "support_verbosity": False,
+            "truncation_policy": {"mode": "tokens", "limit": 10000},
+            "input_modalities": ["text"],
+            "experimental_supported_tools": [],
+            "visibility": "list",
+            "supported_in_api": True,
+            "priority": place,
+        }
+        for place, name in enumerate(dict.fromkeys([model, "deepseek-v4-flash"]))
+    ]
+    return {"models": models}
 
 
 def _opencode(url: str, key: str, model: str) -> str:
@@ -92,6 +149,7 @@ def _opencode(url: str, key: str, model: str) -> str:
         "$schema": "https://opencode.ai/config.json",
         "provider": {"dsv4": provider},
         "model": f"dsv4/{model}",
+        "small_model": "dsv4/deepseek-v4-flash",
     }
     return "// OpenCode: in opencode.json\n" + json.dumps(config, indent=2) + "\n"
 

@@ -521,6 +521,8 @@ class Engine:
             return
         if request.first_token is None:
             request.first_token = self._clock()
+            reuse = request.reuse or Reuse(new=len(generation.prompt))
+            generation.usage = replace(generation.usage, cached_tokens=reuse.hit, reuse=reuse)
         request.sampled += 1
         if token in (params.stop_token_ids or ()):
             self._retire(request, "stop")

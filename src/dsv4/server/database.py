@@ -40,10 +40,13 @@ from ..errors import ConfigError
 
 MEMORY = "sqlite://"  # lives as long as its Database
 LOCAL = "local"  # the owner of what callers without a key make
-SCHEMA = 1  # raise it when a table that exists changes; a new table needs nothing
+SCHEMA = 1  # raise it when a table that exists changes, and say how in UPGRADES
 PATIENCE = 30.0  # seconds to wait for another writer
 
 T = TypeVar("T")
+# How tables of a version become those of the next. All steps are one transaction, in which new
+# tables have not been made yet; a new table needs no step.
+UPGRADES: dict[int, Callable[[sqlalchemy.Connection], None]] = {}
 
 
 class Timestamp(TypeDecorator[datetime]):
@@ -94,8 +97,9 @@ class Database:
     ``url`` is any SQLAlchemy URL: ``sqlite:///file.db``, ``postgresql://user@host/name``, or
     ``MEMORY``. Every method may be called from any thread. Close it, or use ``with``.
 
-    Raises ConfigError when the database cannot be used: no driver, no access, or tables of another
-    version of dsv4.
+    Tables of an older version of dsv4 are brought up to date, all or none of them. Raises
+    ConfigError when the database cannot be used: no driver, no access, or tables of a version that
+    this one does not know.
     """
 
     def __init__(self, url: str | None = None) -> None:
@@ -167,14 +171,17 @@ class Database:
                 session.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(5748)"))
             connection = session.connection()
             if sqlalchemy.inspect(connection).has_table(SchemaVersion.__tablename__):
-                version = session.scalar(sqlalchemy.select(SchemaVersion.version))
-                if version != SCHEMA:
+                version = session.scalar(sqlalchemy.select(SchemaVersion.version)) or 0
+                if version > SCHEMA or any(v not in UPGRADES for v in range(version, SCHEMA)):
                     raise ConfigError(
                         f"{self.name} was made by another version of dsv4",
                         expected=f"tables of version {SCHEMA}",
                         got=f"version {version}",
                         hint="that version of dsv4, or another database: --database",
                     )
+                for old in range(version, SCHEMA):
+                    UPGRADES[old](connection)
+                session.execute(sqlalchemy.update(SchemaVersion).values(version=SCHEMA))
                 Base.metadata.create_all(connection)
             else:
                 Base.metadata.create_all(connection)
