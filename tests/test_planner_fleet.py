@@ -29,7 +29,7 @@ from dsv4.planner.replay import Served, calibrate, measure
 from dsv4.planner.roofline import Speed
 from dsv4.planner.workload import Request, Workload, percentiles, read_trace
 
-COSTS = MeasuredCosts(prompt=0.001, prompt_growth=0.0, token=0.01, token_growth=0.0, batched=True)
+COSTS = MeasuredCosts(prompt=0.001, prompt_growth=0.0, token=0.01, token_growth=0.0)
 FLASH = V4Config.preset("flash")
 
 
@@ -43,7 +43,7 @@ def test_a_request_alone_takes_its_prefill_and_its_tokens() -> None:
 
 def test_users_share_a_step_only_where_the_engine_batches() -> None:
     together = [Request(0.0, 1, 101) for _ in range(4)]
-    one_by_one = MeasuredCosts(0.001, 0.0, 0.01, 0.0)
+    one_by_one = MeasuredCosts(0.001, 0.0, 0.01, 0.0, further=0.01)
     for costs, gap in ((COSTS, 0.01), (one_by_one, 0.04)):
         found = simulate(together, costs)["inter_token"]["p50"]
         assert found == pytest.approx(gap), costs
@@ -204,7 +204,12 @@ def test_calibration_finds_the_costs() -> None:
         times = [first + 0.01 * i for i in range(10)]
         served.append(Served(Request(0, prompt, 10), 0.0, times))
     served.append(Served(Request(0, 500, 10), 0.0, [9.0 + 0.01 * i for i in range(10)]))  # a hiccup
-    costs = calibrate(served)
+    crowd = [  # four that share steps of 16 ms for a while
+        Served(Request(0, 16, 50), 0.0, [0.1 * user + 0.016 * i for i in range(50)])
+        for user in range(4)
+    ]
+    costs = calibrate(served, [crowd])
+    assert costs.further == pytest.approx((0.016 - 0.01) / 3, rel=0.1)
     assert costs.prompt == pytest.approx(0.001, rel=0.05)
     assert costs.overhead == pytest.approx(0.02, rel=0.2)
     assert costs.token == pytest.approx(0.01)

@@ -110,15 +110,15 @@ def _rounded(context: float) -> int:
 @dataclass(frozen=True)
 class MeasuredCosts:
     """From a running server: seconds per prompt token (and its growth with position), per
-    generated token (and its growth with context) and per prefill step; ``batched`` if users share
-    a decode step."""
+    decode step of one user (and its growth with context), per ``further`` user in it, and per
+    prefill step. ``further`` is 0 where all share a step, ``token`` where none does."""
 
     prompt: float
     prompt_growth: float
     token: float
     token_growth: float
     overhead: float = 0.0  # of a prefill step, whatever its length
-    batched: bool = False
+    further: float = 0.0
     room: float = math.inf
     transfer: float = math.inf
 
@@ -130,8 +130,9 @@ class MeasuredCosts:
         return self.overhead + tokens * growing
 
     def decode(self, users: int, context: float) -> float:
-        steps = min(users, 1) if self.batched else users
-        return steps * (self.token + self.token_growth * context)
+        if not users:
+            return 0.0
+        return self.token + (users - 1) * self.further + users * self.token_growth * context
 
 
 @cache

@@ -1,8 +1,9 @@
-"""The simulation beside a real server: calibrate on single requests, replay a trace, compare.
+"""The simulation beside a real server: calibrate it, replay a trace, compare.
 
 The calibration, half of it before and half after, sends one request at a time and fits what a
-prompt, its tokens and a generated token cost. It knows nothing of several requests at once: their
-queueing and interference is what the simulation predicts and the replay tests.
+prompt, its tokens and a generated token cost; then a few at once, for what each further user adds
+to a step. It knows nothing of arrivals: queueing, and prompts in the way of answers, is what the
+simulation predicts and the replay tests.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -25,6 +26,9 @@ from .workload import Request, percentiles
 
 LENGTHS = (16, 128, 512, 1024)  # prompt tokens of the calibration
 ANSWER = 24
+CROWD = 8  # users at once, with answers of ...
+CROWD_ANSWER = 96
+COSTS = ("prompt", "overhead", "token", "further")  # what is calibrated
 WORDS = "time year people way day man thing woman life child world school state family".split()
 
 
@@ -96,11 +100,21 @@ async def alone(
     ]
 
 
-def calibrate(served: Sequence[Served]) -> MeasuredCosts:
-    """What single requests cost: medians throughout, because machines have bad moments.
+async def together(
+    client: httpx.AsyncClient, begin: float, seed: str, per_word: float
+) -> list[Served]:
+    """CROWD short prompts with long answers, at once."""
+    request = Request(0, LENGTHS[0], CROWD_ANSWER)
+    seeds = [f"{seed}-crowd-{i}" for i in range(CROWD)]
+    return await asyncio.gather(*(ask(client, request, begin, s, per_word) for s in seeds))
+
+
+def calibrate(served: Sequence[Served], crowds: Sequence[Sequence[Served]]) -> MeasuredCosts:
+    """What requests cost, ``served`` alone and in ``crowds``: medians throughout, because machines
+    have bad moments.
 
     A prompt token costs the median slope between any two prompts; its growth with position is
-    below the noise at such lengths.
+    below the noise at such lengths. A crowd's step is timed while all of it decodes.
     """
     points = [(s.request.prompt, s.ttft) for s in served]
     slopes = [
@@ -112,19 +126,36 @@ def calibrate(served: Sequence[Served]) -> MeasuredCosts:
     gaps = [gap for s in served for gap in s.gaps]
     if not gaps:
         raise DSV4Error("the server answers with single tokens", expected="longer answers")
-    return MeasuredCosts(prompt, 0.0, statistics.median(gaps), 0.0, overhead)
+    token = statistics.median(gaps)
+    steps = []  # seconds, users
+    for crowd in crowds:
+        full, over = max(s.times[0] for s in crowd), min(s.times[-1] for s in crowd)
+        came = sum(full < at <= over for s in crowd for at in s.times)
+        if over > full and came:
+            steps.append(((over - full) * len(crowd) / came, len(crowd)))
+    slopes = [(step - token) / (users - 1) for step, users in steps if users > 1]
+    further = max(0.0, statistics.median(slopes)) if slopes else 0.0
+    return MeasuredCosts(prompt, 0.0, token, 0.0, overhead, further)
 
 
-async def _replay(
-    url: str, trace: Sequence[Request]
-) -> tuple[list[Served], list[Served], list[Served]]:
-    """What was served alone before the trace, in it, and alone after it."""
+class _Replayed(NamedTuple):
+    """What was served before a trace, in it and after it."""
+
+    alone_before: list[Served]
+    crowd_before: list[Served]
+    trace: list[Served]
+    alone_after: list[Served]
+    crowd_after: list[Served]
+
+
+async def _replay(url: str, trace: Sequence[Request]) -> _Replayed:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         begin, run = time.perf_counter(), f"{time.time_ns():x}"  # nothing is in a cache yet
         first = await ask(client, Request(0, 200, 2), begin, run, 1.0)
         per_word = first.request.prompt / 200
         before = await alone(client, begin, f"{run}-before", per_word)
+        crowd_before = await together(client, begin, f"{run}-before", per_word)
         begin = time.perf_counter()
 
         async def one(number: int, request: Request) -> Served:
@@ -133,7 +164,8 @@ async def _replay(
 
         served = await asyncio.gather(*(one(i, r) for i, r in enumerate(trace)))
         after = await alone(client, begin, f"{run}-after", per_word)
-    return before, served, after
+        crowd_after = await together(client, begin, f"{run}-after", per_word)
+    return _Replayed(before, crowd_before, served, after, crowd_after)
 
 
 def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, Any]:
@@ -146,13 +178,14 @@ def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, A
     it refuses.
     """
     try:
-        before, served, after = asyncio.run(_replay(url, trace))
+        done = asyncio.run(_replay(url, trace))
     except httpx.HTTPError as e:
         raise ConfigError(
             f"no answer from {url}", expected="a server", got=repr(e), hint="dsv4 serve"
         ) from e
-    costs = calibrate([*before, *after])
-    drift = calibrate(after).token / calibrate(before).token - 1
+    served, crowds = done.trace, [done.crowd_before, done.crowd_after]
+    costs = calibrate([*done.alone_before, *done.alone_after], crowds)
+    before, after = (calibrate(s, ()).token for s in (done.alone_before, done.alone_after))
     requests = sorted(s.request for s in served)
     predicted = simulate(requests, costs, serving)
     tokens = sum(r.output for r in requests)
@@ -169,8 +202,8 @@ def measure(url: str, trace: Sequence[Request], serving: Serving) -> dict[str, A
     }
     return {
         "requests": len(requests),
-        "calibration": {key: getattr(costs, key) for key in ("prompt", "token", "overhead")},
-        "drift": drift,
+        "calibration": {key: getattr(costs, key) for key in COSTS},
+        "drift": after / before - 1,
         "measured": found,
         "predicted": expected,
         "error": error,
