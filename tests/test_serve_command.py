@@ -22,7 +22,7 @@ PROGRAM = """
 import sys, types
 from scripted_models import ScriptedModel, small_tokenizer
 
-def load(name, numerics="official"):
+def load(name, numerics="official", **memory):
     model = ScriptedModel(small_tokenizer())
     model.name = name
     model.script = lambda prompt: (

@@ -220,7 +220,7 @@ def test_the_budget_is_what_is_left_unless_all_fits(folder: Path) -> None:
     with pytest.raises(ConfigError, match="experts' memory is too small"):
         dsv4.load(folder, expert_memory=CHOSEN * slot - 1)
     assert dsv4.load(folder, expert_memory=routed).experts is None
-    assert dsv4.load(folder, spare_memory=1 << 60).experts is not None
+    assert dsv4.load(folder, beside=1 << 60).experts is not None
 
 
 # ---------------------------------------------------------------- what goes wrong

@@ -29,7 +29,7 @@ from .model import Numerics, Pass, Transformer, check_numerics, numerics
 from .tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "models"
-SPARE = 2 << 30  # bytes of memory that are not for weights
+WORKING = 2 << 30  # bytes of memory for passes and all else that is not weights
 
 
 def load(
@@ -37,7 +37,7 @@ def load(
     numerics: str = "official",
     *,
     expert_memory: int | None = None,
-    spare_memory: int = SPARE,
+    beside: int = 0,
 ) -> Model:
     """A model that ships in the package, by name, or a folder in the official checkpoint format.
 
@@ -47,12 +47,12 @@ def load(
 
     ``expert_memory``: bytes for routed experts; those that it does not hold are read from disk when
     they are chosen (docs/experts.md). None: enough for all if they fit, else what is available but
-    for the other weights and ``spare_memory``, which is for all that is not weights.
+    for the other weights, 2 GiB to work in, and ``beside`` bytes for what the caller has in mind.
     """
     checkpoint = Checkpoint.open(find_model(name_or_path))
     budget = expert_memory
     if budget is None:
-        budget = expert_budget(checkpoint, available() - spare_memory)
+        budget = expert_budget(checkpoint, available() - WORKING - beside)
     return Model.from_checkpoint(checkpoint, numerics, expert_memory=budget)
 
 

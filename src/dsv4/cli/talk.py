@@ -98,7 +98,7 @@ def serve(
       dsv4 serve ./my-model --port 9000 --api-key secret
       dsv4 keys create phone && dsv4 serve --host 0.0.0.0
     """
-    from ..api import SPARE, load
+    from ..api import load
     from ..engine.disk import DiskTier
     from ..server import LocalBackend, create_app
     from ..server.accounts import Keys, is_loopback
@@ -111,10 +111,7 @@ def serve(
     Keys(opened).check_exposure(host, api_key)
     sock = listen(host, port)  # before the model is loaded, which may take long
     port = sock.getsockname()[1]
-    memory: dict[str, Any] = {
-        "expert_memory": expert_memory,
-        "spare_memory": int(cache_gb * 1e9) + SPARE,
-    }
+    memory = {"expert_memory": expert_memory, "beside": int(cache_gb * 1e9)}
     loaded = load(model, numerics=numerics, **memory)
     use_threads(threads)
     options: dict[str, Any] = {
