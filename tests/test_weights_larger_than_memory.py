@@ -173,7 +173,7 @@ def test_reads_are_what_the_policy_predicts_from_the_choices(folder: Path) -> No
     experts.trace = trace = []
     session = model.session()
     before = disk_reads()
-    session.extend(tokens(60, 5))
+    session.extend(tokens(600, 5))  # in one pass, as the reads are by the pass
     for token in tokens(40, 6):
         session.extend([token])
     stats, seen = experts.stats(), disk_reads() - before

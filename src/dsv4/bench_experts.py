@@ -3,8 +3,9 @@
 A process under a limit on its memory reads a prompt and then decodes token by token, with the
 routed experts on disk (``engine.experts``). What it reads is compared with what the policy predicts
 from the choices of the routers alone, and its speed with what the disk gives in the same process,
-before and after. A second process under the same limit runs the same tokens with all weights mapped
-from the file, as a model that fits is: its logits must be the same, bit for bit.
+before, after and now and then in between, as the disks of virtual machines change their minds. A
+second process under the same limit runs the same tokens with all weights mapped from the file, as
+those of a model that fits: its logits must be the same, bit for bit.
 
 The limit is that of a control group, page cache and all. Where none can be made it is RLIMIT_DATA,
 raised by the size of the mapped files, which count: then no page cache is in it.
@@ -17,7 +18,6 @@ import mmap
 import os
 import random
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -36,8 +36,9 @@ from .engine.memory import control_groups
 from .engine.residency import Counts, replay
 from .errors import ConfigError
 
-SAMPLE = 1 << 30  # bytes that are read to know the disk
-PIECE = 16 << 20
+SAMPLE = 16  # reads that tell what the disk gives
+EVERY = 8  # tokens between two samples
+PAGE = mmap.PAGESIZE
 PHASES = ("prefill", "decode")
 # What sets a control group's limit, in the two versions of such groups.
 LIMITS = ("memory.max", "memory.limit_in_bytes")
@@ -129,24 +130,14 @@ def run(
             where = checkpoint.path, threads, limit, group
             process = Process("limited", "dsv4.bench_experts", where, threads, Path(scratch))
             try:
-                say("measuring the disk")
-                disk = [process.ask("disk")]
                 say("reading what is always in memory")
                 report["memory"] = process.ask("load", expert_memory)
                 for phase, part in zip(PHASES, (ids[:prompt], ids[prompt:]), strict=True):
                     say(phase)
                     report[phase] = process.ask(phase, part)
-                disk.append(process.ask("disk"))
                 report["memory"]["peak_bytes"] = process.ask("peak")
             finally:
                 process.close()
-        report["disk"] = {
-            key: statistics.mean(one[key] for one in disk) for key in disk[0]
-        } | {"runs": disk}
-        for phase in PHASES:
-            one = report[phase]
-            rate = one["read_bytes"] / one["seconds"] / 1e9
-            one["gb_per_s"], one["of_disk"] = rate, rate / report["disk"]["expert_gb_per_s"]
         report["same_logits"] = None
         if check:
             say("the same with all weights mapped")
@@ -194,27 +185,33 @@ class _Limited:
         torch.set_num_threads(int(threads))
         self._model: Model | None = None
         self._predicted = Counts(0, 0)
-
-    def disk(self) -> Report:
-        """What the disk gives past the page cache: in order, and in reads of an expert's weight."""
+        self._draw = random.Random(0)
         names = [n for n in self._checkpoint.specs if ".experts." in n and n.endswith(".w1.weight")]
-        expert = 3 * self._checkpoint.specs[names[0]].bytes
-        path = max((self._checkpoint.place(n)[0] for n in names), key=lambda p: p.stat().st_size)
-        size = path.stat().st_size
-        draw, count = random.Random(0), max(1, min(SAMPLE, size) // max(expert, PIECE))
+        self._each = -(-3 * self._checkpoint.specs[names[0]].bytes // PAGE) * PAGE
         flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
-        file = os.open(path, flags)
-        try:
-            ordered = [i * PIECE for i in range(max(1, min(SAMPLE, size) // PIECE))]
-            page = mmap.PAGESIZE
-            anywhere = [draw.randrange(max(1, size - expert)) // page * page for _ in range(count)]
-            piece = -(-expert // page) * page
-            return {
-                "ordered_gb_per_s": _rate(file, ordered, PIECE),
-                "expert_gb_per_s": _rate(file, anywhere, piece),
-            }
-        finally:
-            os.close(file)
+        self._files = [  # with their sizes
+            (os.open(path, flags), path.stat().st_size)
+            for path in sorted({self._checkpoint.place(name)[0] for name in names})
+        ]
+
+    def disk(self, count: int = SAMPLE) -> Report:
+        """What the disk gives past the page cache, in reads as large as an expert's matrices: at
+        random places, and one after the other. Bytes of each, and seconds."""
+        files, each = self._files, self._each
+        ordered = [(files[0], i * each) for i in range(files[0][1] // each)][:count]
+        places = [
+            (file, self._draw.randrange(file[1] - each) // PAGE * PAGE if file[1] > each else 0)
+            for file in self._draw.choices(files, [size for _, size in files], k=count)
+        ]
+        return {"random": self._timed(places), "ordered": self._timed(ordered)}
+
+    def _timed(self, places: Sequence[tuple[tuple[int, int], int]]) -> list[float]:
+        """Bytes and seconds of reads at offsets in files."""
+        with mmap.mmap(-1, self._each) as buffer, memoryview(buffer) as view:
+            buffer[::PAGE] = bytes(len(buffer) // PAGE)  # to have its pages
+            begin = time.perf_counter()
+            total = sum(os.preadv(file, [view], offset) for (file, _), offset in places)
+            return [total, time.perf_counter() - begin]
 
     def load(self, expert_memory: int) -> Report:
         self._model = model = Model.from_checkpoint(
@@ -224,7 +221,7 @@ class _Limited:
             return {}
         for parameter in model.net.parameters():
             if parameter.is_cpu:
-                parameter.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+                parameter.view(-1).view(torch.uint8)[::PAGE].sum()
         model.experts.trace = []
         self._session = model.session()
         stats = model.experts.stats()
@@ -242,12 +239,17 @@ class _Limited:
     def _phase(self, parts: list[list[int]]) -> Report:
         assert self._model is not None and self._model.experts is not None
         experts, config = self._model.experts, self._model.config
-        before, system, digest = experts.stats(), disk_reads(), hashlib.sha256()
-        begin = time.perf_counter()
-        for ids in parts:
+        before, digest = experts.stats(), hashlib.sha256()
+        seconds, system, samples = 0.0, 0, [self.disk()]
+        for i, ids in enumerate(parts):
+            begin, reads = time.perf_counter(), disk_reads()
             digest.update(self._session.extend(ids, last=True).numpy().tobytes())
-        seconds = time.perf_counter() - begin
-        after, system = experts.stats(), disk_reads() - system
+            seconds += time.perf_counter() - begin
+            system += disk_reads() - reads
+            if i % EVERY == EVERY - 1:
+                samples.append(self.disk(SAMPLE // 2))
+        samples.append(self.disk())
+        after = experts.stats()
         used = after.counts.used - before.counts.used
         read = after.counts.read - before.counts.read
         assert experts.trace is not None
@@ -266,6 +268,10 @@ class _Limited:
             "experts_used": used, "experts_read": read, "hit_rate": Counts(used, read).hit_rate,
             "predicted_bytes": wanted, "read_bytes": most, "own_bytes": own,
             "of_predicted": most / wanted if wanted else 1.0, "bytes_per_token": most / tokens,
+            "gb_per_s": most / seconds / 1e9,
+            "disk_gb_per_s": _gb_per_s(samples, "random"),
+            "disk_ordered_gb_per_s": _gb_per_s(samples, "ordered"),
+            "of_disk": most / seconds / 1e9 / _gb_per_s(samples, "random"),
             "waiting": (after.seconds_waiting - before.seconds_waiting) / seconds,
             "logits": digest.hexdigest(),
         }  # fmt: skip
@@ -288,6 +294,11 @@ class _Limited:
         return peak_bytes()
 
 
+def _gb_per_s(samples: Sequence[Report], kind: str) -> float:
+    size = sum(int(sample[kind][0]) for sample in samples)
+    return size / sum(float(sample[kind][1]) for sample in samples) / 1e9
+
+
 def disk_reads() -> int:
     """Bytes that this process has had read from disks; 0 where the system does not say."""
     try:
@@ -295,15 +306,6 @@ def disk_reads() -> int:
     except OSError:
         return 0
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
-
-
-def _rate(file: int, offsets: Sequence[int], size: int) -> float:
-    """GB a second of reads at ``offsets``."""
-    with mmap.mmap(-1, size) as buffer, memoryview(buffer) as view:
-        os.preadv(file, [view], 0)  # touches the buffer
-        begin = time.perf_counter()
-        total = sum(os.preadv(file, [view], offset) for offset in offsets)
-        return total / (time.perf_counter() - begin) / 1e9
 
 
 if __name__ == "__main__":

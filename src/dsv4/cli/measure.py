@@ -238,7 +238,7 @@ def bench_experts(
     from rich.console import Console
     from rich.table import Table
 
-    size, memory, disk = report["model"], report["memory"], report["disk"]
+    size, memory = report["model"], report["memory"]
     phases = [report[phase] for phase in PHASES]
     table = Table(
         title=f"{human(size['file_bytes'])} in {human(limit)} ({report['limit_by']})",
@@ -252,8 +252,10 @@ def bench_experts(
         "experts used": "{experts_used:,}",
         "found in memory": "{hit_rate:.1%}",
         "read / predicted": "{of_predicted:.3f}",
-        "GB a second": "{gb_per_s:.2f}",
-        "of the disk's rate": "{of_disk:.0%}",
+        "read, GB/s": "{gb_per_s:.2f}",
+        "the disk alone, GB/s": "{disk_gb_per_s:.2f}",
+        "the disk in order, GB/s": "{disk_ordered_gb_per_s:.2f}",
+        "share of the disk's rate": "{of_disk:.0%}",
         "time spent waiting for it": "{waiting:.0%}",
     }
     for label, text in rows.items():
@@ -268,8 +270,6 @@ def bench_experts(
         f"memory for {memory['experts']:,} of {size['layers'] * size['experts']:,} experts,"
         f" {human(memory['expert_bytes'])}; always there: {human(memory['other_bytes'])};"
         f" at most: {human(memory['peak_bytes'])}",
-        f"disk: {disk['expert_gb_per_s']:.2f} GB/s in reads of an expert,"
-        f" {disk['ordered_gb_per_s']:.2f} in order",
         f"logits beside those of the weights mapped whole: {same[report['same_logits']]}",
     ):
         console.print(line, highlight=False)

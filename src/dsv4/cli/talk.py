@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,8 +112,10 @@ def serve(
     Keys(opened).check_exposure(host, api_key)
     sock = listen(host, port)  # before the model is loaded, which may take long
     port = sock.getsockname()[1]
-    memory = {"expert_memory": expert_memory, "beside": int(cache_gb * 1e9)}
-    loaded = load(model, numerics=numerics, **memory)
+    load_here = partial(
+        load, numerics=numerics, expert_memory=expert_memory, beside=int(cache_gb * 1e9)
+    )
+    loaded = load_here(model)
     use_threads(threads)
     options: dict[str, Any] = {
         "max_running": max_running,
@@ -128,7 +131,7 @@ def serve(
         return LocalBackend(model, **options, disk=disk)
 
     backend = backend_of(loaded)
-    expert = backend_of(load(pro, numerics=numerics, **memory)) if pro else None
+    expert = backend_of(load_here(pro)) if pro else None
     application = create_app(
         backend,
         pro=expert,

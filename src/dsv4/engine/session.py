@@ -16,6 +16,7 @@ from .kvstate import GRAIN, Block, Cut, KVState, Layout
 from .threads import suitable_threads
 
 PREFILL_CHUNK = 512  # tokens in one pass
+READING_CHUNK = 2048  # where each pass reads experts from disk
 
 
 class Part(NamedTuple):
@@ -37,6 +38,7 @@ class Runner:
     def __init__(self, net: Transformer, nx: Numerics) -> None:
         memory.reuse()
         self.config = net.config
+        self.chunk = PREFILL_CHUNK if net.reading is None else READING_CHUNK
         self.layout = layout = Layout(net.config, nx)
         self.block_bytes = layout.bytes
         self.overhead_bytes = layout.most_beside_rows()
@@ -126,7 +128,7 @@ class Session:
         """Logits of the last ``wanted`` (0 or 1) tokens, or of all."""
         state, out, done = self._state, [], 0
         while done < len(ids):
-            n = min(len(ids) - done, PREFILL_CHUNK - state.length % GRAIN)
+            n = min(len(ids) - done, self._runner.chunk - state.length % GRAIN)
             now = wanted if wanted is None or done + n == len(ids) else 0
             out += self._runner.run([Part(state, ids[done : done + n], now)])
             done += n

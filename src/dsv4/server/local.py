@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .. import encoding
 from ..engine import Engine, Generation, Token
 from ..engine.sample import MAX_OUTPUT
+from ..engine.session import READING_CHUNK
 from ..errors import ConfigError, ContextLengthError, EncodingError, RequestError
 from .backend import (
     Answer,
@@ -60,6 +61,8 @@ class LocalBackend:
                 hint="copy the official tokenizer.json there",
             )
         self.tokenizer = model.tokenizer
+        if model.experts is not None:  # as long prompts cost reads by the pass, not by the token
+            engine_options.setdefault("step_tokens", READING_CHUNK)
         self.engine = Engine(model, **engine_options)
         self.model = describe(model, self.engine.context_length)
         self.guides = GuideMaker(model.tokenizer)
