@@ -15,7 +15,7 @@ from dsv4.api import Model
 from dsv4.config import V4Config
 from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS, TASKS
 from dsv4.engine.session import Part
-from dsv4.model import FLOAT32, Transformer
+from dsv4.model import FLOAT32, Continued, Transformer
 from dsv4.tokenizer import Tokenizer
 
 
@@ -55,6 +55,7 @@ class TokenRunner:
     """
 
     block_bytes, overhead_bytes = 1024, 512
+    guesses: Callable[[list[int]], torch.Tensor] | None = None  # logits, like those of an MTP block
 
     def __init__(self, logits: Callable[[list[int]], torch.Tensor]) -> None:
         self.logits = logits
@@ -72,8 +73,47 @@ class TokenRunner:
         for part in parts:
             timeline: Any = part.state
             timeline.tokens = [*timeline.tokens, *part.ids]  # even if the pass fails
+            if part.trail is not None:
+                trail: Any = part.trail
+                trail.tokens, trail.unseen = timeline.tokens, trail.unseen + len(part.ids)
         self.before_pass(parts)
-        return [self.logits(p.state.tokens)[None][: p.wanted] for p in parts]  # type: ignore
+        out = []
+        for part in parts:
+            tokens, wanted = part.state.tokens, part.wanted or 0  # type: ignore[attr-defined]
+            ends = range(len(tokens) - wanted + 1, len(tokens) + 1)
+            rows = [self.logits(tokens[:end]) for end in ends]
+            out.append(torch.stack(rows) if rows else torch.empty(0))
+        return out
+
+    def trail(self) -> TokenTrail | None:
+        return None if self.guesses is None else TokenTrail()
+
+    def guess(
+        self, timelines: Sequence[Continued], trails: Sequence[TokenTrail]
+    ) -> torch.Tensor:
+        assert self.guesses is not None
+        rows = []
+        for timeline, trail in zip(timelines, trails, strict=True):
+            before = trail.tokens[: timeline.start + 1]
+            assert len(trail.tokens) == timeline.start + trail.unseen == timeline.start + len(
+                timeline.ids
+            )
+            assert trail.tokens == [*before, *timeline.ids[:-1]]
+            trail.unseen = 0
+            rows.append(self.guesses([*trail.tokens, timeline.ids[-1]]))
+        return torch.stack(rows)
+
+
+@dataclass
+class TokenTrail:
+    """Tokens whose streams a guess may use, and how many of the last it has not seen."""
+
+    tokens: list[int] = field(default_factory=list)
+    unseen: int = 0
+
+    def take_back(self, tokens: int) -> None:
+        self.tokens = self.tokens[: len(self.tokens) - tokens]
+        self.unseen -= tokens
 
 
 @dataclass
@@ -105,6 +145,9 @@ class TokenTimeline:
 
     def cut(self, position: int) -> TokenCut:
         return TokenCut(position, self.tokens[position // 128 * 128 : position])
+
+    def take_back(self, tokens: int) -> None:
+        self.tokens = self.tokens[: len(self.tokens) - tokens]
 
     def settle(self) -> None:
         pass

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import torch
 from scripted_models import one_torch_thread  # noqa: F401
 
 import dsv4
@@ -15,6 +18,9 @@ from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
 from dsv4.engine import Engine, Generation, SamplingParams, Token
 from dsv4.engine.disk import DiskTier
+from dsv4.engine.session import Runner
+from dsv4.engine.speculate import Judge, Odds, Trail, Weights
+from dsv4.model import Continued
 from dsv4.synth import synthesize
 
 pytestmark = pytest.mark.skipif(
@@ -59,10 +65,10 @@ def requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def alone(model: dsv4.Model, requests: list[Request]) -> list[list[Token]]:
-    """Each by itself, nothing kept from the others."""
+    """Each by itself, nothing kept from the others, a token at a time."""
     answers = []
     for prompt, params in requests:
-        with Engine(model) as engine:
+        with Engine(model, speculate=False) as engine:
             answers.append(list(engine.submit(prompt, params)))
     assert len({tuple(t.id for t in answer) for answer in answers}) > 20
     return answers
@@ -110,6 +116,66 @@ def test_after_rewinds_and_edits(
             engine.submit(edit, one).result()
             engine.submit([*prompt, 3, 4, 5], one).result()
             same([engine.submit(prompt, params)], [tokens])
+
+
+class Prophet:
+    """A runner whose guesses are mostly right, because it knows the answers."""
+
+    def __init__(self, runner: Runner, answers: list[list[int]], random: Random) -> None:
+        self._runner, self._answers, self._random = runner, answers, random
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def guess(self, timelines: Sequence[Continued], trails: Sequence[Trail]) -> torch.Tensor:
+        logits = self._runner.guess(timelines, trails).clone()
+        for row, timeline in zip(logits, timelines, strict=True):
+            at = timeline.start + 1
+            end = at + len(timeline.ids)
+            known = [a[end] for a in self._answers if len(a) > end and a[at:end] == timeline.ids]
+            if known and self._random.random() < 0.8:
+                row[known[0]] = 1e9
+        return logits
+
+
+class Eager(Judge):
+    """Has guesses made for anybody, at random."""
+
+    random = Random(5)
+
+    def choose(self, odds: Sequence[Odds], decoding: int) -> list[int]:
+        return [i for i in range(len(odds)) if self.random.random() < 0.8]
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_with_speculation(
+    model: dsv4.Model, requests: list[Request], alone: list[list[Token]], tmp_path: Path,
+    right: bool,
+) -> None:
+    """Wrong guesses are taken back and right ones give the same token: in company, in chunks, with
+    too little memory for all, from the cache and from disk."""
+    whole = [[*p, *(t.id for t in a)] for (p, _), a in zip(requests, alone, strict=True)]
+    guessed = accepted = 0
+    for seed, memory in ((0, 3 << 20), (1, 1 << 30), (2, 1 << 30)):
+        random = Random(seed)
+        tier = DiskTier(tmp_path, model.fingerprint(), 1 << 30) if seed else None
+        with Engine(
+            model, step_tokens=random.choice([8, 50, 200]), max_running=random.randrange(2, 7),
+            memory_bytes=memory, disk=tier,
+        ) as engine:  # fmt: skip
+            engine._judge = Eager(Weights(model.config))
+            if right:
+                engine._runner = Prophet(model.runner(), whole, random)
+            some = random.sample(range(40), 40) if seed == 0 else range(0, 40, 2)
+            running = {i: engine.submit(*requests[i]) for i in some}
+            same([running[i] for i in some], [alone[i] for i in some])
+            guessed += sum(g.usage.guessed_tokens for g in running.values())
+            accepted += sum(g.usage.accepted_tokens for g in running.values())
+            while engine.stats().running:
+                time.sleep(0.01)
+            engine._cache.check()
+    assert guessed > 60
+    assert accepted > 0.5 * guessed if right else accepted < 0.2 * guessed
 
 
 def test_a_session_agrees(

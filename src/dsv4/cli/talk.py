@@ -44,6 +44,9 @@ def serve(
     threads: Threads = None,
     max_running: Annotated[int, typer.Option(help="Requests computed at once.", min=1)] = 8,
     max_waiting: Annotated[int, typer.Option(help="Requests in line.", min=0)] = 256,
+    speculate: Annotated[
+        bool, typer.Option(help="Guess tokens with the MTP block where that is faster.")
+    ] = True,
     cache_gb: Annotated[
         float, typer.Option(help="Memory for what requests compute and later ones reuse, in GB.")
     ] = 4.0,
@@ -122,6 +125,7 @@ def serve(
         "max_waiting": max_waiting,
         "memory_bytes": int(cache_gb * 1e9),
         "context_length": context,
+        "speculate": speculate,
     }
 
     def backend_of(model: Model) -> LocalBackend:

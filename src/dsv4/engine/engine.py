@@ -1,8 +1,10 @@
 """The engine: many requests, one model, one worker thread. A step = schedule, run, commit.
 
     schedule   who gets or gives up a place, and whose tokens the next pass feeds (``scheduler``)
-    run        one pass: a token of each request that decodes, and chunks of prompts
-    commit     sample, hand the tokens out, keep what others may go on from (``prefix``), retire
+    run        one pass: a token of each request that decodes, guesses of the ones after them
+               (``speculate``), and chunks of prompts
+    commit     sample, hand the tokens out, keep what others may go on from (``prefix``), retire;
+               guess again
 
 A long prompt is fed in chunks beside other requests' tokens, so it delays each of them by at most
 one chunk. A request's tokens depend on its prompt and parameters and never on its neighbours:
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -24,13 +27,15 @@ import torch
 
 from ..config import V4Config
 from ..errors import ConfigError, ContextLengthError, DSV4Error, RequestError
+from ..model import Continued
 from . import memory
 from .disk import DiskTier
 from .kvstate import GRAIN
 from .prefix import Lease, PrefixCache, Reuse
-from .sample import MAX_OUTPUT, Guide, Logprob, SamplingParams, logprob, sample
+from .sample import MAX_OUTPUT, Allowed, Guide, Logprob, SamplingParams, logprob, sample
 from .scheduler import Job, Scheduler
 from .session import Part
+from .speculate import Judge, Odds, Weights
 
 AUDIT = 256  # blocks that are looked at when there is nothing else to do
 SAVE_EVERY = 16 * GRAIN  # tokens between cuts on disk, beside those where messages end
@@ -68,6 +73,10 @@ class Runs(Protocol):
 
     def run(self, parts: Sequence[Part]) -> Sequence[torch.Tensor]: ...
 
+    def trail(self) -> Any: ...
+
+    def guess(self, timelines: Sequence[Continued], trails: Sequence[Any]) -> torch.Tensor: ...
+
 
 class Token(NamedTuple):
     """One generated token. ``logprob`` is None unless the request asked for it."""
@@ -82,7 +91,8 @@ class Usage:
 
     ``prompt_tokens`` includes ``cached_tokens``, those that were not computed again; ``reuse``
     says why the others were. ``completion_tokens`` counts every token sampled, the stop token
-    included.
+    included. ``guessed_tokens`` were checked ahead of their turn; ``accepted_tokens`` of them were
+    right and are among the completion's.
     """
 
     prompt_tokens: int = 0
@@ -91,17 +101,22 @@ class Usage:
     queue_time: float = 0.0
     prefill_time: float = 0.0
     decode_time: float = 0.0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
     reuse: Reuse = field(default_factory=Reuse)
 
 
 class EngineStats(NamedTuple):
     """A glance at the engine: requests running and waiting, places of past timelines from which
-    one can go on, and the bytes that these and their rows occupy."""
+    one can go on, and the bytes that these and their rows occupy; tokens guessed by speculation
+    since the start, and how many of them were right."""
 
     running: int
     waiting: int
     cuts: int
     cache_bytes: int
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Generation:
@@ -209,6 +224,23 @@ class _Request:
         self.started: float | None = None
         self.first_token: float | None = None
         self.sampled = 0
+        self.trail: Any = None  # for guesses; begins anew with the timeline
+        self.guess: list[int] = []  # of the token after the last one: none or one
+        self.odds: Odds | None = None
+        self.asked: tuple[Allowed | None] | None = None  # the guide, about the next token
+
+    def allowed(self) -> Allowed | None:
+        """What the guide says of the next token; it is asked once."""
+        if self.asked is None:
+            guide = self.generation.guide
+            self.asked = (guide.allowed() if guide else None,)
+        return self.asked[0]
+
+    def accept(self, token: int) -> None:
+        """The next token is chosen."""
+        self.asked = None
+        if self.generation.guide:
+            self.generation.guide.accept(token)
 
 
 class Engine:
@@ -222,6 +254,7 @@ class Engine:
     ``context_length``  tokens of prompt and answer together; None = what the config promises, and
                         what fits into the memory
     ``disk``            keeps what is computed for later processes too; closed with the engine
+    ``speculate``       guess with the MTP block where that is faster; no answer depends on it
     ``clock``           seconds, monotonic; injected so that tests need no waiting
 
     Close it (or use ``with``): the worker ends and unfinished requests are "cancelled".
@@ -237,6 +270,7 @@ class Engine:
         memory_bytes: int = 4 << 30,
         context_length: int | None = None,
         disk: DiskTier | None = None,
+        speculate: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._runner = model, model.runner()
@@ -259,6 +293,10 @@ class Engine:
         self._max_waiting = max_waiting
         self._clock, self._disk = clock, disk
         self._cache = PrefixCache(memory_bytes, self._runner.block_bytes)
+        self._judge: Judge | None = None
+        if speculate and self._runner.trail() is not None:
+            self._judge = Judge(Weights(model.config))
+        self._guessed = self._accepted = 0
         self._wake = threading.Condition()
         self._arrived: deque[_Request] = deque()
         self._requests: dict[Job, _Request] = {}  # waiting or running
@@ -302,6 +340,7 @@ class Engine:
         params = replace(
             params,
             max_tokens=min(room, params.max_tokens or MAX_OUTPUT),
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
             stop_token_ids=(self._model.config.eos_token_id,)
             if params.stop_token_ids is None
             else params.stop_token_ids,
@@ -326,8 +365,9 @@ class Engine:
     def stats(self) -> EngineStats:
         waiting = len(self._arrived) + len(self._scheduler.waiting)
         return EngineStats(
-            len(self._scheduler.running), waiting, self._cache.cuts, self._cache.bytes
-        )
+            len(self._scheduler.running), waiting, self._cache.cuts, self._cache.bytes,
+            self._guessed, self._accepted,
+        )  # fmt: skip
 
     def close(self) -> None:
         """End the current step, cancel what is unfinished, stop the worker. May be repeated."""
@@ -427,7 +467,8 @@ class Engine:
     def _let_go(self, request: _Request) -> None:
         if request.lease is not None:
             self._cache.release(request.lease)
-        request.lease = request.state = None
+        request.lease = request.state = request.trail = None
+        request.guess, request.job.guesses = [], 0
 
     def _set_aside(self, request: _Request) -> None:
         """Take a request's timeline away, in such a way that it can be found again."""
@@ -467,17 +508,31 @@ class Engine:
                 self._scheduler.resumed(job, job.fed + n)
             work.append((request, n))
         for group in self._groups(work):
-            parts = [
-                Part(r.state, r.tokens[r.job.fed - n : r.job.fed], int(r.job.left == 0))
-                for r, n in group
-            ]
+            parts = [self._part(request, n) for request, n in group]
+            timed = self._judge if all(n == 1 for _, n in group) else None
+            began = self._clock() if timed else 0.0
             try:
                 done = self._runner.run(parts)
             except Exception as error:
                 self._failed(group, error)
                 continue
+            if timed is not None:
+                guesses = sum(len(request.guess) for request, _ in group)
+                timed.took(len(group) + guesses, self._clock() - began, guesses)
             for (request, n), logits in zip(group, done, strict=True):
                 self._commit(request, n, logits)
+        if self._judge is not None:
+            self._guess(self._judge)
+
+    def _part(self, request: _Request, n: int) -> Part:
+        """A request's next ``n`` tokens and its guess, as they go into a pass."""
+        job = request.job
+        if self._judge is not None and request.trail is None and not job.left:
+            request.trail = self._runner.trail()
+        request.guess = request.guess[: job.guesses]
+        ids = request.tokens[job.fed - n : job.fed] + request.guess
+        wanted = 0 if job.left else 1 + len(request.guess)
+        return Part(request.state, ids, wanted, request.trail)
 
     def _groups(self, work: list[tuple[_Request, int]]) -> list[list[tuple[_Request, int]]]:
         """All in one pass, but each of those alone that were part of one that failed."""
@@ -502,37 +557,94 @@ class Engine:
         request.suspect = False
         generation.prompt_done = min(job.fed, len(generation.prompt))
         try:
-            self._keep(request, state.length - fed)
+            chosen = self._sample(request, logits)
+            self._keep(request, state.length - fed - max(0, len(chosen) - 1))
             state.settle()
             memory.after(fed)
-            if job.left:
-                return
-            params = generation.params
-            guide = generation.guide
-            allowed = guide.allowed() if guide else None
-            token = sample(logits[-1], params, state.length, allowed)
-            if guide:
-                guide.accept(token)
-            wanted = params.logprobs
-            scores = None if wanted is None else logprob(logits[-1], token, wanted)
         except Exception as error:
             self._let_go(request)
             self._retire(request, "error", error)
+            return
+        if job.left:
             return
         if request.first_token is None:
             request.first_token = self._clock()
             reuse = request.reuse or Reuse(new=len(generation.prompt))
             generation.usage = replace(generation.usage, cached_tokens=reuse.hit, reuse=reuse)
-        request.sampled += 1
-        if token in (params.stop_token_ids or ()):
-            self._retire(request, "stop")
-            return
-        request.tokens.append(token)
-        generation._give(Token(token, scores))
-        if request.sampled == params.max_tokens:
+        request.sampled += len(chosen)
+        stops = generation.params.stop_token_ids or ()
+        for token in chosen:
+            if token.id in stops:
+                self._retire(request, "stop")
+                return
+            generation._give(token)
+        if request.sampled == generation.params.max_tokens:
             self._retire(request, "length")
         else:
-            job.tokens += 1
+            job.fed, job.tokens = job.fed + len(chosen) - 1, job.tokens + len(chosen)
+
+    def _sample(self, request: _Request, logits: torch.Tensor) -> list[Token]:
+        """The tokens that a part's logits give: one, and one more for each right guess. What was
+        fed for wrong ones is taken back; the others are the timeline's tokens from now on."""
+        generation, state, guess = request.generation, request.state, request.guess
+        params, chosen = generation.params, list[Token]()
+        stops = params.stop_token_ids or ()
+        position = state.length - len(guess)
+        for row, guessed in zip(logits, [*guess, None], strict=False):
+            token = sample(row, params, position + len(chosen), request.allowed())
+            request.accept(token)
+            scores = None if params.logprobs is None else logprob(row, token, params.logprobs)
+            chosen.append(Token(token, scores))
+            if guessed is not None and request.odds is not None:
+                request.odds.seen(token == guessed)
+            if token != guessed or token in stops:
+                break
+        if guess:
+            right = len(chosen) - 1
+            self._guessed, self._accepted = self._guessed + len(guess), self._accepted + right
+            state.take_back(len(guess) - right)
+            request.trail.take_back(len(guess) - right)
+            request.guess, request.job.guesses = [], 0
+        request.tokens += [token.id for token in chosen if token.id not in stops]
+        return chosen
+
+    def _guess(self, judge: Judge) -> None:
+        """Guess the token after the next one of those for whom it is worth it."""
+        decoding = [self._requests[job] for job in self._scheduler.running if job.left == 1]
+        decoding = [request for request in decoding if request.sampled]
+        able = [r for r in decoding if r.trail is not None and r.trail.unseen]
+        able = [r for r in able if r.sampled + 1 < (r.generation.params.max_tokens or 0)]
+        for request in able:
+            request.odds = request.odds or Odds(judge.everyone)
+        odds = [request.odds for request in able if request.odds is not None]
+        some = [able[i] for i in judge.choose(odds, len(decoding))] if able else []
+        if not some:
+            return
+        start = self._clock()
+        try:
+            fed = [len(r.tokens) - 1 - r.trail.unseen for r in some]
+            timelines = [Continued(r.tokens[at + 1 :], at, [r.trail])
+                         for r, at in zip(some, fed, strict=True)]
+            logits = self._runner.guess(timelines, [r.trail for r in some])
+        except Exception:  # no answer needs it
+            log.exception("speculation is off from now on")
+            self._judge = None
+            for request in decoding:
+                request.trail, request.guess, request.job.guesses = None, [], 0
+        else:
+            for request, row in zip(some, logits, strict=True):
+                self._guess_one(request, row)
+            judge.drafting_took(len(some), self._clock() - start)
+
+    def _guess_one(self, request: _Request, logits: torch.Tensor) -> None:
+        params = request.generation.params
+        try:
+            token = sample(logits, params, len(request.tokens), request.allowed())
+        except Exception as error:  # if the guide failed, it will again where it counts
+            log.warning("no guess: %s", error)
+            return
+        if token not in (params.stop_token_ids or ()):
+            request.guess, request.job.guesses = [token], 1
 
     def _retire(
         self, request: _Request, reason: FinishReason, error: BaseException | None = None
@@ -552,6 +664,8 @@ class Engine:
             queue_time=started - request.submitted,
             prefill_time=(now if first is None else first) - started,
             decode_time=0.0 if first is None else now - first,
+            guessed_tokens=request.odds.guesses if request.odds else 0,
+            accepted_tokens=request.odds.hits if request.odds else 0,
         )
         self._set_aside(request)
         request.generation._end(reason, usage, error)

@@ -174,6 +174,17 @@ class LayerState:
             parts[which] = present[:, max(0, end - keep) : end].clone()
         return parts
 
+    def take_back(self, tokens: int) -> None:
+        """As if the last pass had been so many tokens shorter; ``length`` is that of then."""
+        ratio = self._owner.layout.ratios[self._layer]
+        for which, present in self._recent.items():
+            present = self._recent[which] = present[:, : present.shape[1] - tokens]
+            if which == "window":
+                self._window = present[:, -self._keep :]
+            else:
+                keep = self._owner.length % ratio + self._before
+                self._raw[which] = present[:, max(0, present.shape[1] - keep) :]
+
     def put_back(self, parts: Mapping[str, Tensor]) -> None:
         self._recent.clear()
         self._raw = {which: t for which, t in parts.items() if which != "window"}
@@ -202,6 +213,7 @@ class KVState:
 
         state.reserve(n)        before a pass over n more tokens, for which ``layers`` are the past
         state.advance(n)        after it
+        state.take_back(n)      if the last n of them were only guessed at, and wrong
         state.cut(position)     at any position of that pass
         state.settle()          when no more cuts are wanted
         KVState.resume(layout, blocks, cut)
@@ -266,6 +278,19 @@ class KVState:
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
+
+    def take_back(self, tokens: int) -> None:
+        """Undo the last so many tokens of the pass that was just advanced over, before anything
+        is cut from it. Nothing is copied: rows behind the end are written again by later passes."""
+        if not tokens:
+            return
+        self.length -= tokens
+        count = -(-self.length // GRAIN)
+        del self.blocks[count:], self._data[count:]
+        if self.length % GRAIN:
+            self.blocks[-1].claimed = self.length % GRAIN
+        for layer in self.layers:
+            layer.take_back(tokens)
 
     def cut(self, position: int) -> Cut:
         """The state as it was at ``position``, which the last pass went over or which is now."""

@@ -1,8 +1,8 @@
 """Who computes what in the next step. Pure bookkeeping: no tensor, no thread and no clock.
 
 A job is a number of tokens to feed: its prompt, then one at a time what was sampled. Each step is
-one pass of at most ``step_tokens`` rows: first one token for every job that decodes, then, in what
-is left, chunks of prompts, which take turns.
+one pass of at most ``step_tokens`` rows: first one token for every job that decodes, then guesses
+of what comes after these, then, in what is left, chunks of prompts, which take turns.
 
 All jobs stand in one line, which never changes: by time of arrival, where each level of priority is
 worth ``patience`` seconds. Whoever has a place runs; places go to the head of the line. There is a
@@ -38,13 +38,15 @@ class Job:
 
     ``tokens``: how many there are to feed by now; the caller adds one for each it samples.
     ``ceiling``: how many there can be in the end. ``priority``: higher is sooner. ``arrived``: in
-    seconds. The scheduler keeps the rest.
+    seconds. ``guesses``: tokens that may come after these and can be fed with the last of them; the
+    scheduler takes away those for which a step or the memory has no room. It keeps the rest.
     """
 
     tokens: int
     ceiling: int
     priority: int = 0
     arrived: float = 0.0
+    guesses: int = 0
     running: bool = field(default=False, init=False)
     fed: int = field(default=0, init=False)
     blocks: int = field(default=0, init=False)  # it may fill
@@ -149,8 +151,13 @@ class Scheduler:
         return Step([j for j in preempted if j not in both], [j for j in admitted if j.running])
 
     def feed(self) -> list[tuple[Job, int]]:
-        """How many tokens of whom the next pass feeds; counted as fed."""
+        """How many tokens of whom the next pass feeds, beside its guesses; counted as fed."""
         rows, out = self.step_tokens, list[tuple[Job, int]]()
+        spare = rows - sum(job.left == 1 for job in self.running)
+        for job in self.running:
+            room = min(spare, job.blocks * GRAIN - job.tokens) if job.left == 1 else 0
+            job.guesses = max(0, min(job.guesses, room))
+            spare, rows = spare - job.guesses, rows - job.guesses
         for job in self._turns():
             n = min(rows, job.left)
             if n:
@@ -167,6 +174,6 @@ class Scheduler:
         last = max(self.running, key=lambda job: job.place)
         self.running.remove(last)
         self.waiting.append(last)
-        last.running, last.fed, last.blocks = False, 0, 0
+        last.running, last.fed, last.blocks, last.guesses = False, 0, 0, 0
         last.preemptions += 1
         return last

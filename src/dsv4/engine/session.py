@@ -13,6 +13,7 @@ from ..errors import ContextLengthError, RequestError
 from ..model import Continued, Numerics, Transformer
 from . import memory
 from .kvstate import GRAIN, Block, Cut, KVState, Layout
+from .speculate import Trail
 from .threads import suitable_threads
 
 PREFILL_CHUNK = 512  # tokens in one pass
@@ -21,11 +22,12 @@ READING_CHUNK = 2048  # where each pass reads experts from disk
 
 class Part(NamedTuple):
     """A timeline's share of a pass: its new tokens, and of how many of the last logits are wanted
-    (None: of all)."""
+    (None: of all). ``trail``: takes note of the pass, for guesses."""
 
     state: KVState
     ids: Sequence[int]
     wanted: int | None
+    trail: Trail | None = None
 
 
 class Runner:
@@ -43,7 +45,12 @@ class Runner:
         self.block_bytes = layout.bytes
         self.overhead_bytes = layout.most_beside_rows()
         self._net, self._nx = net, nx
-        self._size = net.config.parameter_counts().active
+        counts = net.config.parameter_counts()
+        self._size, self._draft_size = counts.active, counts.mtp  # the block's: at most
+
+    def trail(self) -> Trail | None:
+        """What guessing for one timeline needs; None for a network without an MTP block."""
+        return Trail(self.config.sliding_window) if self.config.mtp_layers else None
 
     def resume(self, blocks: Sequence[Block], cut: Cut | None) -> KVState:
         """A timeline that goes on from ``cut`` (None: an empty one); see ``KVState.resume``."""
@@ -67,6 +74,8 @@ class Runner:
             for part in parts:
                 part.state.advance(len(part.ids))
                 n, end = len(part.ids), at + len(part.ids)
+                if part.trail is not None:
+                    part.trail.add(streams[at:end])
                 some.append(streams[end - (n if part.wanted is None else part.wanted) : end])
                 at = end
             counts = [len(s) for s in some]
@@ -75,6 +84,20 @@ class Runner:
             if len(wanted):
                 logits = self._net.logits(wanted, run)
         return list(logits.split(counts))
+
+    @torch.inference_mode()
+    def guess(self, timelines: Sequence[Continued], trails: Sequence[Trail]) -> Tensor:
+        """The MTP block's logits ``[n, vocab]`` of the token after the last of each timeline.
+
+        Of a timeline: the tokens after those that its trail has not seen, the position of the
+        first of these, and its trail.
+        """
+        run = self._net.resume(self._nx, timelines)
+        streams = torch.cat([trail.take() for trail in trails]).unsqueeze(0)
+        with suitable_threads(self._draft_size, run.ids.shape[1]):
+            streams = self._net.mtp_ahead(streams, run)[0]
+            ends = torch.tensor([len(t.ids) for t in timelines]).cumsum(0) - 1
+            return self._net.mtp_logits(streams[ends], run)
 
 
 class Session:

@@ -14,12 +14,13 @@ SMALL = 100_000_000  # parameters touched per token
 def suitable_threads(parameters: int, rows: int) -> Iterator[None]:
     """Run a pass of ``rows`` tokens through a model that touches ``parameters`` per token.
 
-    A single token of a model of less than SMALL, such as v4-nano, is computed in one thread: what
-    another would do it can hardly be told in less time. All else has the threads that torch was
+    One or two tokens (a guess is checked beside the one before it) of a model of less than SMALL,
+    such as v4-nano, are computed in one thread: what another would do it can hardly be told in
+    less time. All else has the threads that torch was
     given (``torch.set_num_threads``, ``--threads``; by default one per core).
     """
     given = torch.get_num_threads()
-    if rows > 1 or parameters >= SMALL or given == 1:
+    if rows > 2 or parameters >= SMALL or given == 1:
         yield
         return
     torch.set_num_threads(1)

@@ -92,6 +92,8 @@ class LocalBackend:
             "requests_waiting": stats.waiting,
             "cached_places": stats.cuts,
             "cache_bytes": stats.cache_bytes,
+            "speculation_guessed_tokens": stats.guessed_tokens,
+            "speculation_accepted_tokens": stats.accepted_tokens,
             "empty_answers_retried": self.counters.empty_answers,
             **self._reads(),
         }
