@@ -820,9 +820,8 @@ class Transformer(_Collapsing):
         return self._mtp.predict(streams, after, self.embed, len(self.layers))
 
     def mtp_ahead(self, streams: Tensor, run: Pass) -> Tensor:
-        """The MTP block's streams ``[B, T, h, d]`` for the tokens after ``run.ids``, which are
-        the tokens after those that made the trunk's ``streams``; ``run.start`` is the position of
-        those, and ``run.states`` has what the block remembers, alone."""
+        """``mtp_streams`` where ``run.ids`` are the tokens after those that made ``streams``, and
+        ``run.states`` has what the block remembers, alone."""
         return self._mtp.predict(streams, run, self.embed, 0)
 
     def mtp_logits(self, mtp_streams: Tensor, run: Pass) -> Tensor:
