@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dsv4 import bench, bench_cache, bench_layers, kernels
+from dsv4 import bench, bench_cache, bench_context, bench_layers, kernels
 from dsv4.bench_layers import KINDS
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
@@ -196,3 +196,29 @@ def test_bench_cache_computes_only_what_is_new(folder: Path) -> None:
     assert computed["chat"] <= bench_cache.TURNS * (700 // 20 + bench_cache.ANSWER)
     assert cases["chat"]["prompt"] > 5 * computed["chat"]
     assert all(case["seconds"] > 0 for case in cases.values())
+
+
+def test_bench_context_grows_one_session(folder: Path, tmp_path: Path) -> None:
+    report = bench_context.run(folder, most=2048, first=300, threads=1, scratch=tmp_path)
+    rows = report["lengths"]
+    assert [row["length"] for row in rows] == [300, 1200, 2048]
+    for row in rows:
+        assert row["bytes"] == row["planned_bytes"] > 0
+        assert row["prefill_tokens_per_s"] > 0
+        assert 0 < row["decode_low"] <= row["decode_ms"] <= row["decode_high"]
+    assert report["rewind"]["tokens"] == 1024 and report["rewind"]["seconds"] > 0
+    disk = report["disk"]
+    assert disk["tokens"] == 2048  # all of it was found again
+    assert disk["files"] == 2048 // 128 + 1
+    assert min(disk["write_seconds"], disk["plain_read_seconds"], disk["read_seconds"]) > 0
+    assert not list(tmp_path.iterdir())
+    bench_context.plot(tmp_path / "context.png", report)
+    assert (tmp_path / "context.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="--max"):
+        bench_context.run(folder, most=1 << 30)
+
+
+def test_lengths_are_powers_of_four() -> None:
+    assert bench_context.lengths_up_to(1 << 20) == [4096, 16384, 65536, 262144, 1048576]
+    assert bench_context.lengths_up_to(5000) == [4096, 5000]
+    assert bench_context.lengths_up_to(1000) == [1000]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -244,6 +245,20 @@ def test_an_edit_computes_what_follows_it(engine: Engine, model: HashModel, at: 
     generation.result()
     assert sum(map(len, model.fed)) <= len(prompt) - at + 127
     assert at - 127 <= generation.usage.cached_tokens <= at
+
+
+def test_an_edit_anywhere_in_a_long_prompt_computes_what_follows_it(model: HashModel) -> None:
+    random = Random(4)
+    prompt = [random.randrange(2, VOCAB) for _ in range(20_000)]
+    with Engine(model) as engine:
+        engine.submit(prompt, params(1)).result()
+        for at in (random.randrange(20_000) for _ in range(20)):
+            model.passes.clear()
+            edited = [*prompt[:at], prompt[at] ^ 1, *prompt[at + 1 :]]
+            generation = engine.submit(edited, params(1))
+            generation.result()
+            assert sum(map(len, model.fed)) <= 20_000 - at + 127
+            assert generation.usage.cached_tokens == min(at // 128 * 128, 20_000 - 1)
 
 
 def test_reuse_changes_no_answer(model: HashModel) -> None:

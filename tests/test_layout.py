@@ -14,7 +14,7 @@ SOURCE = Path(dsv4.__file__).parent
 ORDER = """
 cli
 chat
-bench_cache bench_experts bench_kernels bench_layers bench_training
+bench_cache bench_context bench_experts bench_kernels bench_layers bench_training
 bench
 server router
 evals

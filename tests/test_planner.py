@@ -132,7 +132,11 @@ def test_a_block_has_the_published_bytes_of_its_tokens(name: str) -> None:
     assert Layout(config, FLOAT32).bytes == block_bytes(config, "float32")
 
 
-def test_old_snapshots_are_thinned_in_the_prediction_too(net: Transformer) -> None:
+def test_old_snapshots_are_thinned_in_the_prediction_too(
+    net: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where in ("planner.memory", "engine.session"):
+        monkeypatch.setattr(f"dsv4.{where}.DENSE_BYTES", 0)  # so that there are few
     session = Session(net, FLOAT32)
     session.extend([1] * 4000, last=True)
     assert session_bytes(TINY, extend_passes(0, 4000), "float32") == session.bytes()

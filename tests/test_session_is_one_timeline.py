@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -17,6 +19,7 @@ import dsv4
 from dsv4 import kernels
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
+from dsv4.engine.disk import DiskTier
 from dsv4.engine.kvstate import KVState
 from dsv4.engine.session import Part, Runner
 from dsv4.synth import synthesize
@@ -95,6 +98,54 @@ def test_rewound_and_fed_again(model: dsv4.Model, keeps: list[int]) -> None:
             session.rewind(keep)
         if keep < LENGTH:
             same(session.extend(IDS[keep:]), full(model)[keep:])
+
+
+def test_rewinding_computes_at_most_127_tokens(
+    model: dsv4.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anywhere in a prompt of 20,000 tokens; with little memory for cuts, near its end."""
+    run, fed = Runner.run, list[int]()
+
+    def counted(runner: Runner, parts: Sequence[Part]) -> list[torch.Tensor]:
+        fed.extend(len(part.ids) for part in parts)
+        return run(runner, parts)
+
+    random, session = Random(2), model.session()
+    session.extend([random.randrange(256) for _ in range(20_000)], last=True)
+    monkeypatch.setattr(Runner, "run", counted)
+    for keep in sorted((random.randrange(20_000) for _ in range(30)), reverse=True):
+        fed.clear()
+        session.rewind(keep)
+        assert sum(fed) == keep % 128
+    monkeypatch.setattr("dsv4.engine.session.DENSE_BYTES", 0)
+    session.rewind(0)
+    session.extend(IDS * 10, last=True)
+    fed.clear()
+    session.rewind(7000 - 16 * 128)
+    assert sum(fed) == (7000 - 16 * 128) % 128
+    session.extend(IDS * 3, last=True)
+    fed.clear()
+    session.rewind(1000)
+    assert 127 < sum(fed) < 1000
+    same(session.extend([IDS[300]])[-1:], model.session().extend((IDS * 2)[:1001], last=True))
+
+
+def test_a_session_is_saved_and_restored(model: dsv4.Model, tmp_path: Path) -> None:
+    session = model.session()
+    session.extend(IDS[:500], last=True)
+    disk = DiskTier(tmp_path, model.fingerprint(), 1 << 30)
+    try:
+        session.save(disk)
+        disk.flush()
+        other = model.session()
+        assert other.restore(disk, [7, *IDS]) == 0
+        assert other.restore(disk, IDS) == 500 and other.tokens == IDS[:500]
+        same(other.extend(IDS[500:]), full(model)[500:])
+        assert other.restore(disk, IDS) == LENGTH  # nothing longer is there
+        other.rewind(130)
+        same(other.extend(IDS[130:200]), full(model)[130:200])
+    finally:
+        disk.close()
 
 
 def test_forks_do_not_touch_each_other(model: dsv4.Model) -> None:

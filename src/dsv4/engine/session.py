@@ -12,12 +12,14 @@ from torch import Tensor
 from ..errors import ContextLengthError, RequestError
 from ..model import Continued, Numerics, Transformer
 from . import memory
+from .disk import DiskTier
 from .kvstate import GRAIN, Block, Cut, KVState, Layout
 from .speculate import Trail
 from .threads import suitable_threads
 
 PREFILL_CHUNK = 512  # tokens in one pass
 READING_CHUNK = 2048  # where each pass reads experts from disk
+DENSE_BYTES, DENSE_LEAST = 128 << 20, 16  # of the newest cuts, all of which are kept
 
 
 class Part(NamedTuple):
@@ -155,24 +157,28 @@ class Session:
             now = wanted if wanted is None or done + n == len(ids) else 0
             out += self._runner.run([Part(state, ids[done : done + n], now)])
             done += n
-            first = (state.length - n) // GRAIN + 1
-            for at in range(first * GRAIN, state.length + 1, GRAIN):
+            first = ((state.length - n) // GRAIN + 1) * GRAIN
+            for at in range(first, state.length + 1, GRAIN):
                 self._cuts[at] = state.cut(at)
             state.settle()
-            self._thin()
+            if first <= state.length:
+                self._thin(self._cuts[first].bytes)
             memory.after(n)
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def _thin(self) -> None:
-        """Keep the newest 16 cuts, then ever fewer: every 2nd, 4th, ... further back."""
+    def _thin(self, size: int) -> None:
+        """Keep as many of the newest cuts of ``size`` bytes as fit into DENSE_BYTES, then ever
+        fewer: every 2nd, every 4th of twice as many, ..."""
+        dense = max(DENSE_LEAST, DENSE_BYTES // size)
         for at in list(self._cuts):
             age = (self._state.length - at) // GRAIN
-            stride = 1 << (age // 16).bit_length()
+            stride = 1 << (age // dense).bit_length()
             if at // GRAIN % stride:
                 del self._cuts[at]
 
     def rewind(self, n_tokens_to_keep: int) -> None:
-        """Forget all but the first ``n`` tokens; at most 127 near the tail are computed again."""
+        """Forget all but the first ``n`` tokens. At most 127 are computed again, or further back
+        than DENSE_BYTES of cuts (which for v4-nano are 37,000 tokens) twice, 4 times, ... that."""
         if not 0 <= n_tokens_to_keep <= len(self._tokens):
             raise RequestError(
                 "cannot rewind there", expected=f"0..{len(self._tokens)}", got=n_tokens_to_keep
@@ -185,6 +191,22 @@ class Session:
         self._tokens = self._tokens[:n_tokens_to_keep]
         if at < n_tokens_to_keep:
             self._feed(self._tokens[at:], 0)
+
+    def save(self, disk: DiskTier) -> None:
+        """Write all of this timeline to ``disk``, when there is time (``disk.flush``)."""
+        self._state.settle()
+        disk.save(self._tokens, self._state.blocks, [self._state.cut(len(self._tokens))])
+
+    def restore(self, disk: DiskTier, tokens: Sequence[int]) -> int:
+        """Become the longest beginning of ``tokens`` that is on ``disk`` and longer than this
+        session, whatever it held; how long this session is then. Something of ``tokens`` is left.
+        """
+        found = disk.find(tokens, len(self._tokens), ())
+        if found is not None:
+            at = found.cut.position
+            self._state = KVState.resume(self._runner.layout, found.blocks, found.cut)
+            self._tokens, self._cuts = list(tokens[:at]), {}
+        return len(self._tokens)
 
     def fork(self) -> Session:
         """Another session at the same point; the two do not affect each other. Nothing is copied

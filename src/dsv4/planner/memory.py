@@ -12,6 +12,7 @@ from ..formats import inventory
 
 KV_SCALE_BLOCK = 64  # channels of an entry that share an FP8 scale
 GRAIN = 128  # tokens between snapshots of a session
+DENSE_BYTES, DENSE_LEAST = 128 << 20, 16  # of the newest snapshots, all of which it keeps
 ITEM_BYTES = {"official": 2, "float32": 4}  # of an activation
 
 
@@ -112,12 +113,13 @@ def session_bytes(config: V4Config, passes: Iterable[int], numerics: str = "offi
     def windows(tokens: int, row: int) -> int:
         return config.num_hidden_layers * min(tokens, config.sliding_window - 1) * row
 
+    dense = max(DENSE_LEAST, DENSE_BYTES // (windows(GRAIN, stored) + _raw_bytes(config, GRAIN)))
     for tokens in passes:
         first, length = length // GRAIN + 1, length + tokens
         for at in range(first * GRAIN, length + 1, GRAIN):
             cuts[at] = windows(at, stored) + _raw_bytes(config, at)
         for at in list(cuts):
-            stride = 1 << ((length - at) // GRAIN // 16).bit_length()
+            stride = 1 << ((length - at) // GRAIN // dense).bit_length()
             if at // GRAIN % stride:
                 del cuts[at]
     if not length:

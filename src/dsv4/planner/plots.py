@@ -16,7 +16,8 @@ COLOURS = {"v3.2": "#9aa0a6", "pro": "#1f4e9c", "flash": "#e07b00"}
 NAMES = {"v3.2": "DeepSeek-V3.2", "pro": "DeepSeek-V4-Pro", "flash": "DeepSeek-V4-Flash"}
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """An empty figure, in inches; ConfigError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -38,7 +39,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 def plot_efficiency(path: str | Path, context: int, weights: dict[str, float]) -> None:
     """FLOPs per token and KV cache over position, up to ``context``: the report's figure 1."""
-    figure = _figure(10, 4)
+    figure = figure_of(10, 4)
     left, right = figure.subplots(1, 2)
     points = sorted({max(1, context * i // 32) for i in range(1, 33)})
     reports = [efficiency(n, weights)["models"] for n in points]
@@ -68,7 +69,7 @@ def plot_efficiency(path: str | Path, context: int, weights: dict[str, float]) -
 
 def plot_fleet(path: str | Path, reports: Sequence[dict[str, Any]]) -> None:
     """Waiting times and throughput (with cost, where known) over the number of nodes."""
-    figure = _figure(10, 4)
+    figure = figure_of(10, 4)
     left, right = figure.subplots(1, 2)
     nodes = [report["replicas"] for report in reports]
     for key, name, colour in (
