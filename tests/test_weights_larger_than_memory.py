@@ -22,7 +22,7 @@ from dsv4 import bench_experts, kernels
 from dsv4.bench_experts import disk_reads
 from dsv4.checkpoint import Checkpoint, save_checkpoint, with_format
 from dsv4.config import V4Config
-from dsv4.engine import Engine, SamplingParams
+from dsv4.engine import Engine, SamplingParams, memory
 from dsv4.engine.experts import expert_budget, expert_bytes, slot_bytes
 from dsv4.engine.residency import Residency, replay
 from dsv4.errors import CheckpointError, ConfigError
@@ -36,6 +36,7 @@ CONFIG = V4Config(
     q_lora_rank=128, head_dim=128, o_groups=2, o_lora_rank=128,
     compress_ratios=(0, 4, 128, 4, 0), index_n_heads=2, index_topk=24,
 )  # fmt: skip
+LIMITS_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 native = pytest.mark.skipif(
     kernels.NATIVE is None, reason="torch's products depend on the number of rows"
 )
@@ -158,7 +159,9 @@ def test_a_server_answers_the_same_and_says_what_it_read(tmp_path: Path) -> None
         with Server(LocalBackend(model)) as server:
             answers.append(server.post(body).json()["choices"])
             metrics = httpx.get(f"{server.url}/metrics").text
+            told = server.client.models.list().data[0].model_dump()["description"]
     assert answers[0] == answers[1]
+    assert "Memory holds 5 of 80 routed experts" in told
     read = next(x for x in metrics.splitlines() if x.startswith("dsv4_expert_bytes_read{"))
     assert float(read.split()[-1]) > 5 * slot_bytes(Checkpoint.open(folder))
 
@@ -223,6 +226,21 @@ def test_the_budget_is_what_is_left_unless_all_fits(folder: Path) -> None:
     assert dsv4.load(folder, beside=1 << 60).experts is not None
 
 
+@pytest.mark.parametrize("names", [("memory.max", "memory.current"), LIMITS_V1])
+def test_a_limit_on_the_control_group_counts_as_the_end_of_memory(
+    tmp_path: Path, names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what files have in the page cache, which goes when memory is wanted."""
+    monkeypatch.setattr(memory, "control_groups", lambda: [tmp_path])
+    limit, usage = (tmp_path / name for name in names)
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1000\nactive_file 500\n")
+    usage.write_text("50000\n")
+    limit.write_text("100000\n")
+    assert memory.available() == 100_000 - 50_000 + 1500
+    limit.write_text("max\n" if limit.name == "memory.max" else "9223372036854771712\n")
+    assert memory.available() > 10**8
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -285,9 +303,9 @@ def test_the_bench_runs_a_model_under_a_limit(
 ) -> None:
     if not groups:  # as where none can be made
         monkeypatch.setattr(bench_experts, "control_groups", list)
-    memory = 10 * slot_bytes(Checkpoint.open(folder))
+    budget = 10 * slot_bytes(Checkpoint.open(folder))
     report = bench_experts.run(
-        folder, limit=2 * 10**9, expert_memory=memory, prompt=20, new=6, threads=1
+        folder, limit=2 * 10**9, expert_memory=budget, prompt=20, new=6, threads=1
     )
     assert groups or report["limit_by"] == "RLIMIT_DATA"
     assert report["same_logits"] is True
@@ -299,6 +317,7 @@ def test_the_bench_runs_a_model_under_a_limit(
         assert one["predicted_bytes"] == one["experts_read"] * each <= one["own_bytes"]
         assert 0 <= one["hit_rate"] < 1
         assert one["of_disk"] > 0 and one["tokens_per_s"] > 0
+        assert 0 <= one["waiting"] <= 1 and 0 < one["reading"] <= 1
 
 
 def test_a_limit_that_holds_everything_is_refused(folder: Path) -> None:

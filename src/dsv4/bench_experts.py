@@ -272,6 +272,7 @@ class _Limited:
             "disk_gb_per_s": _gb_per_s(samples, "random"),
             "disk_ordered_gb_per_s": _gb_per_s(samples, "ordered"),
             "of_disk": most / seconds / 1e9 / _gb_per_s(samples, "random"),
+            "reading": (after.seconds_reading - before.seconds_reading) / seconds,
             "waiting": (after.seconds_waiting - before.seconds_waiting) / seconds,
             "logits": digest.hexdigest(),
         }  # fmt: skip

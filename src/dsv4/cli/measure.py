@@ -256,7 +256,8 @@ def bench_experts(
         "the disk alone, GB/s": "{disk_gb_per_s:.2f}",
         "the disk in order, GB/s": "{disk_ordered_gb_per_s:.2f}",
         "share of the disk's rate": "{of_disk:.0%}",
-        "time spent waiting for it": "{waiting:.0%}",
+        "time in which it read": "{reading:.0%}",
+        "time in which all waited for it": "{waiting:.0%}",
     }
     for label, text in rows.items():
         table.add_row(label, *(text.format(**phase) for phase in phases))

@@ -53,11 +53,13 @@ def is_routed(name: str) -> bool:
 
 
 class ExpertStats(NamedTuple):
-    """Since the start: ``counts`` of experts, bytes read from disk, seconds spent waiting for it,
-    and what of the budget there is: bytes of all slots."""
+    """Since the start: ``counts`` of experts, bytes read from disk, seconds in which a read was
+    under way, seconds in which nothing could be computed before one ended; and the bytes of all
+    slots."""
 
     counts: Counts
     bytes_read: int
+    seconds_reading: float
     seconds_waiting: float
     memory_bytes: int
 
@@ -94,7 +96,8 @@ class _Layer:
 
 
 class Experts:
-    """The routed experts of ``net``, in ``budget_bytes`` of memory and else in ``checkpoint``.
+    """The ``total`` routed experts of ``net``: some in ``budget_bytes`` of memory, ``slot_bytes``
+    each, and all in ``checkpoint``.
 
     Raises ConfigError when the budget does not hold the experts of a token. One pass at a time
     uses it, others wait. ``trace`` may be set to a list, to which every pass adds a list of
@@ -105,7 +108,8 @@ class Experts:
         c = net.config
         self._checkpoint = checkpoint
         self.slot_bytes = slot_bytes(checkpoint)
-        slots = min(budget_bytes // self.slot_bytes, _experts_of(checkpoint))
+        self.total = sum(is_routed(n) and n.endswith(".w1.weight") for n in checkpoint.specs)
+        slots = min(budget_bytes // self.slot_bytes, self.total)
         if slots < c.num_experts_per_tok:
             raise ConfigError(
                 "the experts' memory is too small",
@@ -125,14 +129,16 @@ class Experts:
             slots, len(self._names), c.n_routed_experts, c.num_experts_per_tok
         )
         self._reader = _Reader(checkpoint)
-        self._arena = mmap.mmap(-1, slots * self.slot_bytes)
+        self._arena = mmap.mmap(
+            -1, slots * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         self._loads: list[_Load | None] = [None] * slots
         self._expected: dict[int, list[_Load]] = {}  # of each layer that is planned
         self._passing = threading.RLock()  # held by the pass that uses all this
         self._changed = threading.Condition()  # held to change loads
         self._pool = ThreadPoolExecutor(READERS, "dsv4-experts")
-        self._used = self._read = self._bytes = 0
-        self._waited = 0.0
+        self._used = self._read = self._bytes = self._reading = 0
+        self._waited = self._read_for = self._begun = 0.0
         self.trace: list[list[tuple[int, list[int]]]] | None = None
 
     @property
@@ -147,7 +153,9 @@ class Experts:
 
     def stats(self) -> ExpertStats:
         counts = Counts(self._used, self._read)
-        return ExpertStats(counts, self._bytes, self._waited, len(self._arena))
+        return ExpertStats(
+            counts, self._bytes, self._read_for, self._waited, len(self._arena)
+        )
 
     # ------------------------------------------------------------ what the network calls
 
@@ -243,17 +251,27 @@ class Experts:
             if load.uses == 0:  # the pass that wanted it ended
                 self._failed(load, None)
                 return
+            if self._reading == 0:
+                self._begun = time.perf_counter()
+            self._reading += 1
         try:
             name = f"{self._names[load.layer]}.experts.{load.expert}"
             matrices, size = self._reader.read(name, self._arena, load.slot * self.slot_bytes)
         except Exception as error:
             with self._changed:
+                self._ended()
                 self._failed(load, error)
             return
         with self._changed:
+            self._ended()
             load.matrices, load.done = matrices, True
             self._bytes += size
             self._changed.notify_all()
+
+    def _ended(self) -> None:
+        self._reading -= 1
+        if self._reading == 0:
+            self._read_for += time.perf_counter() - self._begun
 
     def _failed(self, load: _Load, error: Exception | None) -> None:
         load.error, load.done = error, True
@@ -270,11 +288,6 @@ def _tensors(checkpoint: Checkpoint, expert: str) -> list[str]:
     """Names of all that an expert is stored as."""
     names = (f"{expert}.{matrix}.{part}" for matrix in MATRICES for part in ("weight", "scale"))
     return [name for name in names if name in checkpoint.specs]
-
-
-def _experts_of(checkpoint: Checkpoint) -> int:
-    """How many routed experts there are, in all layers."""
-    return sum(is_routed(name) and name.endswith(".w1.weight") for name in checkpoint.specs)
 
 
 def expert_bytes(checkpoint: Checkpoint) -> int:

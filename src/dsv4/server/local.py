@@ -484,6 +484,9 @@ def describe(model: Model, context_length: int) -> ModelInfo:
     text = f"DeepSeek-V4 architecture, {_count(counts.total)} parameters"
     text += f" ({_count(counts.active)} active per token)."
     text += f" Numerics: {model.numerics}."
+    if model.experts is not None:
+        held, total = model.experts.slots, model.experts.total
+        text += f" Memory holds {held:,} of {total:,} routed experts; others are read from disk."
     small = counts.total < 100e9
     if small:
         text += " A small model: not DeepSeek-V4-Flash and not DeepSeek-V4-Pro."
