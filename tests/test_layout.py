@@ -14,8 +14,10 @@ SOURCE = Path(dsv4.__file__).parent
 ORDER = """
 cli
 chat
-bench_cache bench_context bench_experts bench_kernels bench_layers bench_training
+bench_peers
+bench_cache bench_context bench_engines bench_experts bench_kernels bench_layers bench_training
 bench
+peers
 server router
 evals
 train

@@ -13,64 +13,40 @@ repeats, with the lowest and highest; a ratio is the median of the ratios within
                      (resident - kv) / file
     agreement        of the logits with our float32 numerics: same most likely token, and KL
 
-``transformers`` gets the same weights: converted to BF16, which is exact, and read as float32.
+Another implementation gets the same weights (``peers``): transformers in BF16, which is exact, read
+as float32; llama.cpp and flyweight as the GGUF that llama.cpp's script makes of the official files.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from . import __version__
-from .api import find_model, load
+from . import __version__, peers
+from .api import find_model
 from .checkpoint import Checkpoint, save_checkpoint
-from .config import V4Config
-from .convert import convert
-from .engine.session import Session
 from .errors import ConfigError, DSV4Error
-from .synth import resize, synthesize
+from .synth import shape, small_tokenizer, synthesize
 
 Report = dict[str, Any]
-PEERS = ("transformers",)
-# Shapes to compare implementations on; every part of V4 is in them.
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": {
-        "hidden_size": 512, "num_attention_heads": 8, "q_lora_rank": 256, "o_groups": 2,
-        "o_lora_rank": 256, "n_routed_experts": 32, "num_experts_per_tok": 4,
-        "moe_intermediate_size": 256, "index_n_heads": 8, "index_topk": 128,
-    },
-    "mid": {
-        "hidden_size": 2048, "num_attention_heads": 32, "q_lora_rank": 512, "o_groups": 4,
-        "o_lora_rank": 512, "n_routed_experts": 128, "num_experts_per_tok": 6,
-        "moe_intermediate_size": 1024, "index_n_heads": 32, "index_topk": 512,
-    },
-}  # fmt: skip
-LAYERS = (0, 0, 4, 128, 4, 128, 4, 128, 0)
+PEERS = ("transformers", "llama.cpp", "flyweight")  # of whole models
 SPEEDS = ("prefill", "decode_start", "decode_prompt")
 AGREEMENT_TOKENS = 256
-
-
-def shape(name: str) -> V4Config:
-    """The configuration of a synthetic shape; ConfigError for an unknown name."""
-    if name not in SHAPES:
-        raise ConfigError("no such synthetic shape", expected=", ".join(SHAPES), got=name)
-    layers = {"num_hidden_layers": len(LAYERS) - 1, "compress_ratios": LAYERS}
-    changes: dict[str, Any] = {"vocab_size": 16384, "num_hash_layers": 2} | layers | SHAPES[name]
-    return resize(V4Config.preset("flash"), **changes)
 
 
 def run(
@@ -93,10 +69,6 @@ def run(
     """
     if against is not None and against not in PEERS:
         raise ConfigError("bench against", expected=" or ".join(PEERS), got=against)
-    if against is not None and importlib.util.find_spec(against) is None:
-        raise ConfigError(
-            f"{against} is not installed", hint="pip install 'transformers>=5.16'"
-        )
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-") as scratch:
         if synth is None:
             folder = find_model(model)
@@ -104,7 +76,7 @@ def run(
             folder = Path(scratch, synth)
             say(f"writing a random model of shape {synth}")
             config = shape(synth)
-            save_checkpoint(folder, config, synthesize(config))
+            save_checkpoint(folder, config, synthesize(config), extra_files=small_tokenizer(config))
         checkpoint = Checkpoint.open(folder)
         config, room = checkpoint.config, checkpoint.config.max_position_embeddings
         if prompt + new > room:
@@ -115,7 +87,7 @@ def run(
         say("measuring the machine")
         report: Report = {
             "dsv4": __version__,
-            "commit": _commit(),
+            "commit": commit(),
             "command": " ".join(["dsv4", *sys.argv[1:]]),
             "model": {
                 "name": synth or folder.resolve().name,
@@ -125,11 +97,11 @@ def run(
             "machine": measure_machine(threads),
             "settings": {"prompt": prompt, "new": new, "repeats": repeats, "threads": threads},
         }
-        engines = [_Process("dsv4", folder, threads, Path(scratch))]
+        engines = [EngineProcess("dsv4", folder, threads, Path(scratch))]
         if against is not None:
-            say(f"converting the weights for {against}")
-            convert(checkpoint, Path(scratch, "bf16"), "bf16")
-            engines.append(_Process(against, Path(scratch, "bf16"), threads, Path(scratch)))
+            python = peers.environment(against, say)
+            weights = peers.weights(against, folder, Path(scratch), say)
+            engines.append(EngineProcess(against, weights, threads, Path(scratch), python))
         try:
             report |= _compare(engines, ids, prompt, repeats, checkpoint.bytes, say)
         finally:
@@ -139,7 +111,7 @@ def run(
 
 
 def _compare(
-    engines: Sequence[_Process],
+    engines: Sequence[EngineProcess],
     ids: list[int],
     prompt: int,
     repeats: int,
@@ -166,10 +138,10 @@ def _compare(
     truth = engines[0].logits(some, "float32")
     found: Report = {
         engine.name: loads[engine.name]
-        | {key: _spread(values) for key, values in speeds[engine.name].items()}
+        | {key: spread(values) for key, values in speeds[engine.name].items()}
         | {
             "memory": memory[engine.name],
-            "agreement": _agreement(engine.logits(some, "own"), truth),
+            "agreement": agreement(engine.logits(some, "own"), truth),
         }
         for engine in engines
     }
@@ -186,11 +158,13 @@ def _compare(
     return {"engines": found, "ratios": ratios}
 
 
-def _spread(values: Sequence[float]) -> Report:
+def spread(values: Sequence[float]) -> Report:
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def _agreement(logits: Tensor, truth: Tensor) -> Report:
+def agreement(logits: Tensor, truth: Tensor) -> Report:
+    """How far logits ``[T, vocab]`` are from true ones: same first choice, and KL."""
     p, q = truth.double().log_softmax(-1), logits.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)
     return {
@@ -245,7 +219,7 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of a source checkout; None where this is an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
@@ -265,12 +239,18 @@ class Process:
     ``answer_questions`` there, and so are the answers."""
 
     def __init__(
-        self, name: str, module: str, arguments: Sequence[object], threads: int, scratch: Path
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[object],
+        threads: int,
+        scratch: Path,
+        python: str | Path = sys.executable,
     ) -> None:
         self.name = name
         self._log: IO[str] = (scratch / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, name, *map(str, arguments)],
+            [str(python), "-m", module, name, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -300,7 +280,24 @@ class Process:
             raise DSV4Error(f"{self.name}, {what}: {answer['error']}")
         return answer["value"]
 
+    def pause(self) -> None:
+        """Stop it, so that nothing of it runs while another is measured."""
+        if hasattr(signal, "SIGSTOP"):
+            self._process.send_signal(signal.SIGSTOP)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let a paused process run until the end."""
+        if hasattr(signal, "SIGCONT"):
+            self._process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.pause()
+
     def close(self) -> None:
+        if hasattr(signal, "SIGCONT"):
+            self._process.send_signal(signal.SIGCONT)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -312,153 +309,48 @@ class Process:
         self._log.close()
 
 
-class _Process(Process):
-    """A process of this module, which answers with files of logits too."""
+class EngineProcess(Process):
+    """An implementation with a model's weights, as ``bench_engines.Measured`` drives it."""
 
-    def __init__(self, name: str, folder: Path, threads: int, scratch: Path) -> None:
-        super().__init__(name, "dsv4.bench", (folder, threads), threads, scratch)
+    def __init__(
+        self,
+        name: str,
+        weights: Path,
+        threads: int,
+        scratch: Path,
+        python: str | Path = sys.executable,
+    ) -> None:
+        module, arguments = "dsv4.bench_engines", (weights, threads)
+        super().__init__(name, module, arguments, threads, scratch, python)
         self._logits = scratch / f"{name}.logits"
 
     def logits(self, ids: list[int], numerics: str) -> Tensor:
-        """Logits ``[T, vocab]`` in "float32" or its "own" numerics."""
+        """Logits ``[T, vocab]`` in its "own" numerics, or in "float32" where it has them."""
         self.ask("logits", ids, numerics, str(self._logits))
         logits: Tensor = torch.load(self._logits, weights_only=True)
         return logits
 
 
-class _Runner(Protocol):
-    """What a measured implementation can do; it holds one timeline at a time."""
-
-    def load(self) -> None: ...
-
-    def prefill(self, ids: list[int]) -> None: ...
-
-    def step(self, token: int) -> None: ...
-
-    def kv_bytes(self) -> int | None: ...
-
-    def logits(self, ids: list[int], numerics: str) -> Tensor: ...
-
-
-class _Ours:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._session: Session | None = None
-
-    def load(self) -> None:
-        self._model = load(self._folder)
-
-    def prefill(self, ids: list[int]) -> None:
-        self._session = self._model.session()
-        self._session.extend(ids, last=True)
-
-    def step(self, token: int) -> None:
-        assert self._session is not None
-        self._session.extend([token], last=True)
-
-    def kv_bytes(self) -> int | None:
-        return self._session.bytes() if self._session is not None else 0
-
-    def logits(self, ids: list[int], numerics: str) -> Tensor:
-        model = self._model if numerics == "own" else load(self._folder, numerics=numerics)
-        return model.logits(ids)
-
-
-class _Transformers:
-    def __init__(self, folder: Path) -> None:
-        import transformers
-
-        self._library, self._folder = transformers, folder
-        self._model: Any = None
-        self._cache: Any = None
-
-    def load(self) -> None:
-        library: Any = self._library
-        model = library.AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
-        self._model = model.eval()
-
-    @torch.no_grad()
-    def prefill(self, ids: list[int]) -> None:
-        out = self._model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
-
-    @torch.no_grad()
-    def step(self, token: int) -> None:
-        self._model(torch.tensor([[token]]), use_cache=True, past_key_values=self._cache)
-
-    def kv_bytes(self) -> int | None:
-        return None
-
-    @torch.no_grad()
-    def logits(self, ids: list[int], numerics: str) -> Tensor:
-        logits: Tensor = self._model(torch.tensor([ids])).logits[0]
-        return logits
-
-
-class _Measured:
-    """The questions a ``_Process`` answers."""
-
-    def __init__(self, runner: _Runner, folder: Path) -> None:
-        self._runner, self._folder = runner, str(folder.resolve())
-        self._before = self._peak_before = 0
-
-    def load(self) -> Report:
-        for dtype in (torch.float32, torch.bfloat16):  # the libraries' own pages are not the model
-            x = torch.ones(64, 256, dtype=dtype)
-            (x @ x.T).softmax(-1).sort()
-        forget_peak()
-        self._before, self._peak_before = _resident(self._folder), peak_bytes()
-        begin = time.perf_counter()
-        self._runner.load()
-        return {"load_seconds": time.perf_counter() - begin}
-
-    def speeds(self, ids: list[int], prompt: int) -> Report:
-        runner, new = self._runner, ids[prompt:]
-        runner.prefill(ids[:1])
-        decode_start = _rate(new, runner.step)
-        begin = time.perf_counter()
-        runner.prefill(ids[:prompt])
-        prefill = prompt / (time.perf_counter() - begin)
-        decode = _rate(new, runner.step)
-        return dict(zip(SPEEDS, (prefill, decode_start, decode), strict=True))
-
-    def memory(self, file_bytes: int) -> Report:
-        resident, kv = _resident(self._folder) - self._before, self._runner.kv_bytes()
-        report = {"resident_bytes": resident, "peak_bytes": peak_bytes() - self._peak_before}
-        of_file = (resident - (kv or 0)) / file_bytes
-        return report | {"kv_bytes": kv, "resident_without_kv_of_file": of_file}
-
-    def logits(self, ids: list[int], numerics: str, file: str) -> None:
-        torch.save(self._runner.logits(ids, numerics).clone(), file)
-
-
-def _rate(tokens: Sequence[int], step: Callable[[int], None]) -> float:
-    begin = time.perf_counter()
-    for token in tokens:
-        step(token)
-    return len(tokens) / (time.perf_counter() - begin)
-
-
-def _resident(folder: str) -> int:
-    """Bytes in memory now that are this process's own or of mapped files in ``folder``."""
-    maps = Path("/proc/self/smaps")
+def resident_bytes(weights: str, pid: int | None = None) -> int:
+    """Bytes in memory now that are a process's own or of its mapped files in ``weights``."""
+    maps = Path(f"/proc/{pid or 'self'}/smaps")
     if not maps.is_file():  # no way to tell code from the rest
-        asked = ["ps", "-o", "rss=", "-p", str(os.getpid())]
+        asked = ["ps", "-o", "rss=", "-p", str(pid or os.getpid())]
         return int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout) * 1024
     total, ours = 0, False
     for line in maps.read_text().splitlines():
         first, *rest = line.split()
         if not first.endswith(":"):  # a mapping: addresses, rights, offset, device, inode, path
-            ours = len(rest) > 4 and rest[4].startswith(folder)
+            ours = len(rest) > 4 and rest[4].startswith(weights)
         elif first == ("Rss:" if ours else "Anonymous:"):
             total += int(rest[0]) * 1024
     return total
 
 
-def peak_bytes() -> int:
-    """The most bytes of this process in memory, code included, since ``forget_peak`` (or its
-    start, where the system cannot forget)."""
-    status = Path("/proc/self/status")
+def peak_bytes(pid: int | None = None) -> int:
+    """The most bytes of a process (this one) in memory, code included, since ``forget_peak`` (or
+    its start, where the system cannot forget)."""
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -489,14 +381,3 @@ def answer_questions(prepare: Callable[[], object]) -> None:
             answer = {"error": f"{type(e).__name__}: {e}"}
         out.write(json.dumps(answer) + "\n")
         out.flush()
-
-
-def _measured() -> _Measured:
-    name, folder, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    runner: _Runner = (_Ours if name == "dsv4" else _Transformers)(Path(folder))
-    return _Measured(runner, Path(folder))
-
-
-if __name__ == "__main__":
-    answer_questions(_measured)

@@ -26,12 +26,12 @@ import torch
 
 from . import __version__, kernels
 from .api import Model, find_model, load
-from .bench import measure_machine, shape
+from .bench import measure_machine
 from .checkpoint import save_checkpoint
 from .engine import Engine, Generation, SamplingParams
 from .engine.disk import DiskTier
 from .errors import ConfigError
-from .synth import synthesize
+from .synth import shape, synthesize
 
 Report = dict[str, Any]
 ANSWER, APPENDED, TURNS = 32, 50, 20

@@ -6,8 +6,10 @@ import functools
 import hashlib
 import math
 import statistics
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,26 @@ import torch
 from torch import Tensor
 
 from .config import FP8_BLOCK, RopeScaling, V4Config
+from .encoding import SPECIAL_TOKENS
 from .errors import ConfigError
 from .formats import MAX_TENSORS, MTP_COPIES, TORCH_DTYPES, inventory
 from .quant import E4M3, E8M0, FP4_VALUES
+from .tokenizer import Tokenizer
+
+# Shapes to compare implementations on; every part of V4 is in them.
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 512, "num_attention_heads": 8, "q_lora_rank": 256, "o_groups": 2,
+        "o_lora_rank": 256, "n_routed_experts": 32, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 256, "index_n_heads": 8, "index_topk": 128,
+    },
+    "mid": {
+        "hidden_size": 2048, "num_attention_heads": 32, "q_lora_rank": 512, "o_groups": 4,
+        "o_lora_rank": 512, "n_routed_experts": 128, "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1024, "index_n_heads": 32, "index_topk": 512,
+    },
+}  # fmt: skip
+LAYERS = (0, 0, 4, 128, 4, 128, 4, 128, 0)
 
 
 def resize(config: V4Config, scale: float = 1.0, **changes: Any) -> V4Config:
@@ -68,6 +87,15 @@ def resize(config: V4Config, scale: float = 1.0, **changes: Any) -> V4Config:
     return V4Config.from_dict(new)
 
 
+def shape(name: str) -> V4Config:
+    """The configuration of a synthetic shape; ConfigError for an unknown name."""
+    if name not in SHAPES:
+        raise ConfigError("no such synthetic shape", expected=", ".join(SHAPES), got=name)
+    layers = {"num_hidden_layers": len(LAYERS) - 1, "compress_ratios": LAYERS}
+    changes: dict[str, Any] = {"vocab_size": 16384, "num_hash_layers": 2} | layers | SHAPES[name]
+    return resize(V4Config.preset("flash"), **changes)
+
+
 def synthesize(config: V4Config, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Random, finite weights for ``config``, one tensor at a time, for ``save_checkpoint``.
 
@@ -102,6 +130,21 @@ def synthesize(config: V4Config, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
             table = torch.from_numpy(_quantiles(65536)) * std + mean
             values = _draw(random, spec.elements, np.uint16, table, TORCH_DTYPES[spec.dtype])
             yield name, values.view(spec.shape)
+
+
+def small_tokenizer(config: V4Config, wanted: bool | None = None) -> dict[str, bytes]:
+    """The files of a byte-level tokenizer that fits ``config``: name -> content.
+
+    Empty when it is not ``wanted`` or, without a wish, when the vocabulary has no room for one.
+    """
+    least = len(SPECIAL_TOKENS) + 256
+    if wanted is False or (wanted is None and config.vocab_size < least):
+        return {}
+    text = "\n".join(name for name in inventory(config) if "experts" not in name)
+    trained = Tokenizer.train([text], min(config.vocab_size, least + 256), progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trained.save(folder)
+        return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
 
 def _statistics(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -160,7 +160,7 @@ def synth(
           --set 'compress_ratios=[0,4,128,0]' --set index_topk=64
     """
     from ..checkpoint import inventory, save_checkpoint, with_format
-    from ..synth import resize, synthesize
+    from ..synth import SHAPES, resize, shape, small_tokenizer, synthesize
 
     changes: dict[str, Any] = {
         "num_hidden_layers": layers,
@@ -178,11 +178,12 @@ def synth(
             changes[key] = json.loads(value)
         except ValueError:
             changes[key] = value
-    config = resize(V4Config.preset(preset), scale, **changes)
+    base = shape(preset) if preset in SHAPES else V4Config.preset(preset)
+    config = resize(base, scale, **changes)
     if storage is not None:
         config = with_format(config, storage)
     _must_be_new(out, force)
-    files = _small_tokenizer(config, tokenizer)
+    files = small_tokenizer(config, tokenizer)
     specs = inventory(config)
     total = sum(spec.bytes for spec in specs.values())
     with bar(f"writing {out}", total) as progress:
@@ -313,21 +314,3 @@ def _must_be_new(folder: Path, force: bool) -> None:
 
 def _done(folder: Path, tensors: int, size: int) -> None:
     print(f"{folder}: {tensors:,} tensors, {human(size)}")
-
-
-def _small_tokenizer(config: V4Config, wanted: bool | None) -> dict[str, bytes]:
-    """The files of a byte-level tokenizer that fits ``config``, or none."""
-    import tempfile
-
-    from ..checkpoint import inventory
-    from ..encoding import SPECIAL_TOKENS
-    from ..tokenizer import Tokenizer
-
-    least = len(SPECIAL_TOKENS) + 256
-    if wanted is False or (wanted is None and config.vocab_size < least):
-        return {}
-    text = "\n".join(name for name in inventory(config) if "experts" not in name)
-    trained = Tokenizer.train([text], min(config.vocab_size, least + 256), progress=False)
-    with tempfile.TemporaryDirectory() as folder:
-        trained.save(folder)
-        return {p.name: p.read_bytes() for p in Path(folder).iterdir()}

