@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-HALF_LIFE = 32  # passes
+HALF_LIFE = 16  # passes
 AHEAD = 16  # slots: so much may be read before it is used, by less than the whole memory
 
 
