@@ -9,10 +9,12 @@ from .engine import (
     EngineBusyError,
     EngineClosedError,
     EngineStats,
+    EngineStuckError,
     Generation,
     Token,
     Usage,
 )
+from .prefix import Reuse
 from .sample import Guide, Logprob, SamplingParams, sample
 
 __all__ = [
@@ -20,9 +22,11 @@ __all__ = [
     "EngineBusyError",
     "EngineClosedError",
     "EngineStats",
+    "EngineStuckError",
     "Generation",
     "Guide",
     "Logprob",
+    "Reuse",
     "SamplingParams",
     "Token",
     "Usage",

@@ -36,7 +36,10 @@ from .sample import MAX_OUTPUT, Allowed, Guide, Logprob, SamplingParams, logprob
 from .scheduler import Job, Scheduler
 from .session import Part
 from .speculate import Judge, Odds, Weights
+from .watchdog import Watchdog
 
+_STUCK = "the model's step does not return"
+_STUCK_HINT = "restart the server; its log says since when"
 AUDIT = 256  # blocks that are looked at when there is nothing else to do
 SAVE_EVERY = 16 * GRAIN  # tokens between cuts on disk, beside those where messages end
 log = logging.getLogger(__name__)
@@ -49,6 +52,10 @@ class EngineBusyError(DSV4Error):
 
 class EngineClosedError(DSV4Error):
     """The engine was closed and takes no more requests."""
+
+
+class EngineStuckError(DSV4Error):
+    """A step does not return, and nothing can be computed until it does."""
 
 
 class EngineModel(Protocol):
@@ -109,7 +116,7 @@ class Usage:
 class EngineStats(NamedTuple):
     """A glance at the engine: requests running and waiting, places of past timelines from which
     one can go on, and the bytes that these and their rows occupy; tokens guessed by speculation
-    since the start, and how many of them were right."""
+    since the start, and how many of them were right; whether a step does not return."""
 
     running: int
     waiting: int
@@ -117,6 +124,7 @@ class EngineStats(NamedTuple):
     cache_bytes: int
     guessed_tokens: int = 0
     accepted_tokens: int = 0
+    stuck: bool = False
 
 
 class Generation:
@@ -191,14 +199,17 @@ class Generation:
 
     def _give(self, token: Token) -> None:
         with self._changed:
+            if self.done:  # given up: the step took too long
+                return
             self.tokens.append(token.id)
             self._unread.append(token)
             self._notify()
 
     def _end(self, reason: FinishReason, usage: Usage, error: BaseException | None) -> None:
         with self._changed:
-            self.usage, self.error, self.finish_reason = usage, error, reason
-            self._notify()
+            if not self.done:
+                self.usage, self.error, self.finish_reason = usage, error, reason
+                self._notify()
 
     def _notify(self) -> None:
         self._changed.notify_all()
@@ -255,6 +266,8 @@ class Engine:
                         what fits into the memory
     ``disk``            keeps what is computed for later processes too; closed with the engine
     ``speculate``       guess with the MTP block where that is faster; no answer depends on it
+    ``stuck_after``     seconds after which a step counts as stuck, beside ten times the slowest
+                        one so far: all requests fail with EngineStuckError until it returns
     ``clock``           seconds, monotonic; injected so that tests need no waiting
 
     Close it (or use ``with``): the worker ends and unfinished requests are "cancelled".
@@ -271,6 +284,7 @@ class Engine:
         context_length: int | None = None,
         disk: DiskTier | None = None,
         speculate: bool = True,
+        stuck_after: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._runner = model, model.runner()
@@ -301,6 +315,7 @@ class Engine:
         self._arrived: deque[_Request] = deque()
         self._requests: dict[Job, _Request] = {}  # waiting or running
         self._closing = False
+        self._watchdog = Watchdog(stuck_after, self._give_up)
         self._worker = threading.Thread(target=self._work, name="dsv4-engine", daemon=True)
         self._worker.start()
 
@@ -352,6 +367,8 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise EngineClosedError("the engine is closed")
+            if self._watchdog.late:
+                raise EngineStuckError(_STUCK, hint=_STUCK_HINT)
             if len(self._arrived) + len(self._scheduler.waiting) >= self._max_waiting:
                 raise EngineBusyError(
                     "too many requests are waiting",
@@ -366,16 +383,20 @@ class Engine:
         waiting = len(self._arrived) + len(self._scheduler.waiting)
         return EngineStats(
             len(self._scheduler.running), waiting, self._cache.cuts, self._cache.bytes,
-            self._guessed, self._accepted,
+            self._guessed, self._accepted, self._watchdog.late,
         )  # fmt: skip
 
     def close(self) -> None:
-        """End the current step, cancel what is unfinished, stop the worker. May be repeated."""
+        """End the current step, cancel what is unfinished, stop the worker. May be repeated.
+        A step that is stuck is left alone."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if threading.current_thread() is not self._worker:
-            self._worker.join()
+        while threading.current_thread() is not self._worker and self._worker.is_alive():
+            if self._watchdog.late:
+                break
+            self._worker.join(1.0)
+        self._watchdog.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -401,6 +422,16 @@ class Engine:
                 self._retire(request, "cancelled")
             if self._disk is not None:
                 self._disk.close()
+
+    def _give_up(self, seconds: float) -> None:
+        """The step does not return: nobody is to wait for it. In the watchdog's thread."""
+        with self._wake:
+            requests = [*self._requests.values(), *self._arrived]
+        log.critical("a step has not returned for %.0f s; %d requests fail", seconds, len(requests))
+        for request in requests:
+            request.generation.cancel_requested = True  # should the step return after all
+            error = EngineStuckError(_STUCK, got=f"{seconds:.0f} s so far", hint=_STUCK_HINT)
+            request.generation._end("error", request.generation.usage, error)
 
     def _sleep_until_work(self) -> bool:
         """Block while there is nothing to do; False when the engine closes."""
@@ -463,6 +494,10 @@ class Engine:
         self._let_go(request)
         request.lease, request.state = lease, self._runner.resume(blocks, cut)
         self._scheduler.resumed(request.job, reuse.hit)
+        generation, known = request.generation, request.reuse
+        assert known is not None
+        generation.usage = replace(generation.usage, cached_tokens=known.hit, reuse=known)
+        generation.prompt_done = min(reuse.hit, len(generation.prompt))
 
     def _let_go(self, request: _Request) -> None:
         if request.lease is not None:
@@ -512,7 +547,8 @@ class Engine:
             timed = self._judge if all(n == 1 for _, n in group) else None
             began = self._clock() if timed else 0.0
             try:
-                done = self._runner.run(parts)
+                with self._watchdog.step():
+                    done = self._runner.run(parts)
             except Exception as error:
                 self._failed(group, error)
                 continue

@@ -441,4 +441,5 @@ def usage_body(usage: Usage) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
+        **({"prompt_cache_details": whence} if (whence := usage.whence()) else {}),
     }

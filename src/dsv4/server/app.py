@@ -131,6 +131,8 @@ def create_app(
     def ready() -> dict[str, str]:
         if gate.draining:
             raise ApiError("The server is shutting down.", 503)
+        if any(each.load().get("stuck") for each in (instant, expert)):
+            raise ApiError("A step of the model's computation does not return.", 503)
         database.ping()
         return {"status": "ready"}
 

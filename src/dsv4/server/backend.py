@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from ..engine import SamplingParams
+from ..engine import Reuse, SamplingParams
 from .wire import Closing
 
 FinishReason = Literal["stop", "length", "tool_calls", "insufficient_system_resource"]
@@ -70,12 +70,28 @@ class FillRequest:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens; ``cached_tokens`` are part of the prompt's, ``reasoning_tokens`` of the answer's."""
+    """Tokens; ``cached_tokens`` are part of the prompt's, ``reasoning_tokens`` of the answer's.
+
+    ``reuse`` says what became of the prompt's tokens, where the backend knows.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    reuse: Reuse | None = None
+
+    def whence(self) -> dict[str, int]:
+        """Where the prompt's tokens came from, by number: from "memory" or "disk", or computed,
+        because there was no cut close behind the last known one ("between"), because they had been
+        "dropped", or because they are "new". Empty if the backend does not know."""
+        reuse = self.reuse
+        if reuse is None:
+            return {}
+        return {
+            "memory": reuse.hit - reuse.disk, "disk": reuse.disk, "between": reuse.between,
+            "dropped": reuse.dropped, "new": reuse.new,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +147,8 @@ Event = Begin | ReasoningDelta | ContentDelta | ToolCall | Finish
 
 
 class Answer(Closing[Event]):
-    """The events of an answer, and ``usage``: the tokens so far, all zero before the first token.
+    """The events of an answer, and ``usage``: the tokens so far, all zero before the first token;
+    ``prefilled``: while the prompt is read, how many of its tokens have been, and all of them.
 
     Closing it calls ``stop``, which ends the work behind it.
     """
@@ -141,13 +158,18 @@ class Answer(Closing[Event]):
         events: AsyncGenerator[Event, None],
         stop: Callable[[], object],
         usage: Callable[[], Usage],
+        prefilled: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         super().__init__(events, stop)
-        self._usage = usage
+        self._usage, self._prefilled = usage, prefilled
 
     @property
     def usage(self) -> Usage:
         return self._usage()
+
+    @property
+    def prefilled(self) -> tuple[int, int] | None:
+        return self._prefilled()
 
 
 class Backend(Protocol):

@@ -76,10 +76,10 @@ class LocalBackend:
         if isinstance(request, FillRequest):
             fill = await asyncio.to_thread(_Fill, request, self)
             fill.submit()
-            return Answer(fill.events(), fill.cancel, fill.usage)
+            return Answer(fill.events(), fill.cancel, fill.usage, fill.prefilled)
         answer = await asyncio.to_thread(_Answer, request, self)
         answer.submit()
-        return Answer(answer.events(), answer.cancel, answer.usage)
+        return Answer(answer.events(), answer.cancel, answer.usage, answer.prefilled)
 
     async def count_tokens(self, request: ChatRequest) -> int:
         answer = await asyncio.to_thread(_Answer, request, self)
@@ -95,6 +95,7 @@ class LocalBackend:
             "speculation_guessed_tokens": stats.guessed_tokens,
             "speculation_accepted_tokens": stats.accepted_tokens,
             "empty_answers_retried": self.counters.empty_answers,
+            "stuck": int(stats.stuck),
             **self._reads(),
         }
 
@@ -178,6 +179,9 @@ class _Answer:
     def cancel(self) -> None:
         self.generation.cancel()
 
+    def prefilled(self) -> tuple[int, int] | None:
+        return _prefilled(self.generation)
+
     async def events(self) -> AsyncGenerator[Event, None]:
         begun = False
         try:
@@ -250,7 +254,9 @@ class _Answer:
             tokens.append(self._end_think)
             self._parser.feed(encoding.END_THINK)
         usage = first.usage
-        self._before = Usage(0, usage.completion_tokens, usage.cached_tokens)
+        self._before = Usage(
+            0, usage.completion_tokens, usage.cached_tokens, reuse=usage.reuse
+        )
         sampling = self._request.sampling
         limit = sampling.max_tokens
         if limit is not None:
@@ -316,6 +322,7 @@ class _Answer:
             self._before.completion_tokens + sampled,
             self._before.cached_tokens if self._retried else usage.cached_tokens,
             self._reasoning_tokens,
+            self._before.reuse if self._retried else usage.reuse,
         )
 
     def _text(self, token_id: int) -> str:
@@ -346,6 +353,9 @@ class _Fill:
 
     def cancel(self) -> None:
         self.generation.cancel()
+
+    def prefilled(self) -> tuple[int, int] | None:
+        return _prefilled(self.generation)
 
     async def events(self) -> AsyncGenerator[Event, None]:
         decoder = self._backend.tokenizer.stream(skip_special=True)
@@ -378,8 +388,16 @@ class _Fill:
     def usage(self) -> Usage:
         """What was computed so far; nothing before the first token."""
         sampled = _sampled(self.generation)
-        cached = self.generation.usage.cached_tokens
-        return Usage(len(self.prompt), sampled, cached) if sampled else Usage()
+        usage = self.generation.usage
+        if not sampled:
+            return Usage()
+        return Usage(len(self.prompt), sampled, usage.cached_tokens, reuse=usage.reuse)
+
+
+def _prefilled(generation: Generation) -> tuple[int, int] | None:
+    if generation.tokens or generation.done:
+        return None
+    return generation.prompt_done, len(generation.prompt)
 
 
 def _sampled(generation: Generation) -> int:

@@ -94,7 +94,12 @@ class Metered:
         except BaseException:
             await bill.settle(Usage(), "refused")
             raise
-        return Answer(bill.events(answer), lambda: bill.close(answer), lambda: answer.usage)
+        return Answer(
+            bill.events(answer),
+            lambda: bill.close(answer),
+            lambda: answer.usage,
+            lambda: answer.prefilled,
+        )
 
     async def _longest(self, request: ChatRequest | FillRequest) -> int:
         """The prompt's tokens, or more."""

@@ -38,6 +38,10 @@ class Metrics:
             "dsv4_tokens", "Prompt tokens found in the cache (hit) or computed (miss), and output.",
             ("model", "kind"), registry=registry,
         )  # fmt: skip
+        self.prompt = Counter(
+            "dsv4_prompt_tokens", "Prompt tokens by where they came from, or why they were computed"
+            " (as prompt_cache_details of an answer).", ("model", "whence"), registry=registry,
+        )  # fmt: skip
         self.cost = Counter(
             "dsv4_cost_usd", "What answers cost at the price list.", ("model",), registry=registry
         )
@@ -60,6 +64,8 @@ class Metrics:
         self.answers.labels(model, outcome).inc()
         self.tokens.labels(model, "hit").inc(usage.cached_tokens)
         self.tokens.labels(model, "miss").inc(usage.prompt_tokens - usage.cached_tokens)
+        for whence, tokens in usage.whence().items():
+            self.prompt.labels(model, whence).inc(tokens)
         self.tokens.labels(model, "output").inc(usage.completion_tokens)
         self.cost.labels(model).inc(cost / PICO)
 

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from starlette.responses import Response
 
 from ..engine import SamplingParams
 from .backend import (
+    Answer,
     Backend,
     ChatRequest,
     ContentDelta,
@@ -36,7 +37,18 @@ from .backend import (
     Usage,
 )
 from .models import Route, Service, notes
-from .wire import DONE, ApiError, Closing, LiveResponse, Loose, deserialize, dumps, read_json, sse
+from .wire import (
+    DONE,
+    ApiError,
+    Closing,
+    LiveResponse,
+    Loose,
+    deserialize,
+    dumps,
+    read_json,
+    sse,
+    waiting,
+)
 
 MAX_STOPS = 16
 MAX_TOOLS = 128
@@ -217,14 +229,14 @@ def live(
     service: Service,
     stream: bool,
     answer: ChatCompletion | TextCompletion,
-    events: AsyncGenerator[Numbered, None],
+    events: Answers,
     headers: dict[str, str],
 ) -> Response:
     if stream:
         return LiveResponse(
             Closing(answer.chunks(events), events.aclose),
             media_type="text/event-stream",
-            idle=": keep-alive\n",
+            idle=lambda: waiting(events.prefilled),
             failure=lambda error: sse(error.body()),
             interval=service.keep_alive,
             headers=headers,
@@ -360,14 +372,27 @@ def fill_order(request: CompletionRequest) -> FillRequest:
 Numbered = tuple[int, Event]
 
 
+class Answers(Closing[Numbered]):
+    """The events of several answers to one prompt as they come, each with its number."""
+
+    def __init__(self, begun: list[Answer], close: Callable[[], object]) -> None:
+        super().__init__(_merged([*begun]), close)
+        self._begun = begun
+
+    @property
+    def prefilled(self) -> tuple[int, int] | None:
+        """Of the first; see ``Answer``."""
+        return self._begun[0].prefilled
+
+
 async def answers(
     backend: Backend, order: ChatRequest | FillRequest, n: int
-) -> AsyncGenerator[Numbered, None]:
+) -> Answers:
     """``n`` answers to one order at once, each event with its answer's number.
 
     With a seed the answers still differ: each has the next one. Raises what ``chat`` raises.
     """
-    begun: list[AsyncGenerator[Event, None]] = []
+    begun: list[Answer] = []
     try:
         for i in range(n):
             seed = order.sampling.seed
@@ -382,7 +407,7 @@ async def answers(
         for events in begun:
             await events.aclose()
 
-    return Closing(_merged(begun), close)
+    return Answers(begun, close)
 
 
 async def _merged(sources: list[AsyncGenerator[Event, None]]) -> AsyncGenerator[Numbered, None]:
@@ -428,6 +453,7 @@ def total(usages: Sequence[Usage]) -> Usage:
         sum(u.completion_tokens for u in usages),
         max(u.cached_tokens for u in usages),
         sum(u.reasoning_tokens for u in usages),
+        max(usages, key=lambda u: u.cached_tokens).reuse,
     )
 
 
@@ -645,4 +671,5 @@ def usage_body(usage: Usage) -> dict[str, Any]:
         "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        **({"prompt_cache_details": whence} if (whence := usage.whence()) else {}),
     }

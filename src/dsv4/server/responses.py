@@ -31,7 +31,17 @@ from .backend import (
 )
 from .models import Route, Service, notes
 from .openai import Effort, namespace, sampled, thinking_budget
-from .wire import ApiError, Closing, LiveResponse, Loose, deserialize, dumps, read_json, sse
+from .wire import (
+    ApiError,
+    Closing,
+    LiveResponse,
+    Loose,
+    deserialize,
+    dumps,
+    read_json,
+    sse,
+    waiting,
+)
 
 PATCH = "apply_patch"  # the one tool whose input is free text
 _PATCH_SCHEMA = {
@@ -96,7 +106,7 @@ def router(service: Service) -> APIRouter:
             return LiveResponse(
                 Closing(answer.stream(events), events.aclose),
                 media_type="text/event-stream",
-                idle=": keep-alive\n",
+                idle=lambda: waiting(events.prefilled),
                 failure=answer.failure,
                 interval=service.keep_alive,
                 headers=notes(route.backend.model, order.effort),
@@ -519,6 +529,7 @@ class Answer:
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            **({"prompt_cache_details": whence} if (whence := usage.whence()) else {}),
         }
         self._object["status"] = "completed"
         if finish.reason == "length":

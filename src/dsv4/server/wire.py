@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine import EngineBusyError, EngineClosedError
+from ..engine import EngineBusyError, EngineClosedError, EngineStuckError
 from ..errors import EncodingError, RequestError
 from .accounts import AccountError
 
@@ -69,6 +69,8 @@ class ApiError(Exception):
             return cls(str(error), 429)
         if isinstance(error, EngineClosedError):
             return cls("The server is shutting down.", 503)
+        if isinstance(error, EngineStuckError):
+            return cls("The model does not answer: a step of its computation is stuck.", 503)
         if isinstance(error, RequestError | EncodingError):
             return cls(str(error))
         return cls("Internal error: the generation failed; the server's log has the details.", 500)
@@ -173,13 +175,21 @@ def dumps(data: object) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
+def waiting(done: tuple[int, int] | None) -> str:
+    """A sign of life in a stream of events: a comment, which says how much of the prompt has been
+    read. It ends with one newline: two of them end an event for some clients."""
+    said = "" if done is None else f", prefill {done[0]}/{done[1]} tokens"
+    return f": keep-alive{said}\n"
+
+
 class LiveResponse(Response):
     """A response whose ``chunks`` are made while the client waits.
 
     Until the first chunk (or the first sign of life) nothing is sent, so an early failure still
     has its own status; a later one is sent in-band, as ``failure`` spells it. After ``interval``
-    silent seconds ``idle`` is sent. When the client goes away, or the server cancels the request,
-    ``chunks`` is closed before this returns: closing must stop the work behind it (``Closing``).
+    silent seconds ``idle`` (or what it gives then) is sent. When the client goes away, or the
+    server cancels the request, ``chunks`` is closed before this returns: closing must stop the work
+    behind it (``Closing``).
     """
 
     def __init__(
@@ -187,7 +197,7 @@ class LiveResponse(Response):
         chunks: AsyncGenerator[str, None],
         *,
         media_type: str,
-        idle: str,
+        idle: str | Callable[[], str],
         failure: Callable[[ApiError], str],
         interval: float = KEEP_ALIVE,
         envelope: Envelope | None = None,
@@ -222,7 +232,7 @@ class LiveResponse(Response):
                 if gone.done():
                     break
                 if not coming.done():
-                    await write(self._idle)
+                    await write(self._idle if isinstance(self._idle, str) else self._idle())
                     continue
                 try:
                     chunk = coming.result()
