@@ -95,9 +95,10 @@ def run(
     routed experts (None: what the other weights and 1.5 GB leave).
 
     The receipt's ``prefill`` and ``decode`` have tokens a second, uses of experts and the part that
-    found them in memory, bytes predicted and read, and the share of the disk's rate;
-    ``same_logits`` is None without ``check``. Raises ConfigError when the limit leaves nothing for
-    experts, or holds them all.
+    found them in memory, bytes predicted and read, and the share of the disk's rate, which says
+    little when that changed (``disk_low_high``; then ``reading``, the part of the time in which a
+    read was under way, says more). ``same_logits`` is None without ``check``. Raises ConfigError
+    when the limit leaves nothing for experts, or holds them all.
     """
     checkpoint = Checkpoint.open(model)
     threads = threads or torch.get_num_threads()
@@ -249,7 +250,7 @@ class _Limited:
             if i % EVERY == EVERY - 1:
                 samples.append(self.disk(SAMPLE // 2))
         samples.append(self.disk())
-        after = experts.stats()
+        after, disk = experts.stats(), [_gb_per_s([sample], "random") for sample in samples]
         used = after.counts.used - before.counts.used
         read = after.counts.read - before.counts.read
         assert experts.trace is not None
@@ -271,6 +272,7 @@ class _Limited:
             "gb_per_s": most / seconds / 1e9,
             "disk_gb_per_s": _gb_per_s(samples, "random"),
             "disk_ordered_gb_per_s": _gb_per_s(samples, "ordered"),
+            "disk_low_high": [min(disk), max(disk)],
             "of_disk": most / seconds / 1e9 / _gb_per_s(samples, "random"),
             "reading": (after.seconds_reading - before.seconds_reading) / seconds,
             "waiting": (after.seconds_waiting - before.seconds_waiting) / seconds,

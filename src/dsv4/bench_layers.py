@@ -113,7 +113,7 @@ def run(
     torch.set_num_threads(threads)
     try:
         say("opening the model")
-        loaded = load(model)
+        loaded = load(model, expert_memory=checkpoint.bytes)  # mapped, as what fits is
         random = torch.Generator().manual_seed(0)
         vocab = checkpoint.config.vocab_size
         ids = torch.randint(vocab, (prompt + new,), generator=random).tolist()

@@ -362,6 +362,12 @@ def bench_experts(
             table.add_row("read for a token", *(human(int(p["bytes_per_token"])) for p in phases))
     console = Console()
     console.print(table)
+    for name, (low, high) in ((p, report[p]["disk_low_high"]) for p in PHASES):
+        if high > 2 * low:
+            console.print(
+                f"{name}: the disk gave {low:.2f} to {high:.2f} GB/s while it was measured; the"
+                " share says little", highlight=False,
+            )  # fmt: skip
     same = {None: "not compared", True: "the same, bit for bit", False: "DIFFERENT"}
     for line in (
         f"memory for {memory['experts']:,} of {size['layers'] * size['experts']:,} experts,"
