@@ -493,6 +493,48 @@ def bench_context(
     console.print(_machine_line(report["machine"]), highlight=False)
 
 
+@bench_app.command("soak")
+def bench_soak(
+    model: Annotated[str, typer.Argument(help="v4-nano, or a checkpoint folder.")] = "v4-nano",
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.05)] = 30.0,
+    users: Annotated[int, typer.Option(help="Who ask without a pause.", min=1)] = 12,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """A real server under full load: memory, the same answers all along, balanced books.
+
+    The exit code is 1 when something is not as it should be. Linux only.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench soak --minutes 2
+      dsv4 bench soak --json > soak.json &
+    """
+    from ..bench_soak import run
+
+    report = run(model, minutes=minutes, users=users, threads=threads, say=_progress)
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        from rich.console import Console
+
+        say = Console(highlight=False).print
+        say(f"{sum(report['answers'].values()):,} answers, {report['tokens']:,} tokens in"
+            f" {minutes:g} minutes with {users} users")  # fmt: skip
+        say(f"{report['asked_again']:,} seeded questions asked again, {len(report['drift'])}"
+            " answered otherwise")  # fmt: skip
+        say(f"memory after the warm-up {human(report['warm_bytes'])}, at the end"
+            f" {human(report['end_bytes'])}: {report['growth']:+.2%}")  # fmt: skip
+        say(f"failures {len(report['failures'])}, still running {report['running']},"
+            f" books {'balanced' if not report['problems'] else report['problems']},"
+            f" exit code {report['exit']}")  # fmt: skip
+        for bad in (*report["drift"][:3], *report["failures"][:3]):
+            say(bad, markup=False)
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
 @bench_app.command("train")
 def bench_train(
     shape: Annotated[str, typer.Argument(help="25m, or nano.")] = "25m",
