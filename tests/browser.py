@@ -111,7 +111,11 @@ class Tab:
         """Wait until the answer is there and stored."""
         self.page.locator("#send.stop").wait_for(state="detached")
         self.page.locator("article.assistant:not(.live)").last.wait_for()
-        self.page.wait_for_load_state("networkidle")
+        self.settled()
+
+    def settled(self) -> None:
+        """Wait until the server has everything."""
+        self.page.locator("#app:not(.saving)").wait_for()
 
     def answers(self) -> list[str]:
         return self.page.locator("article.assistant .body > .prose").all_inner_texts()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -91,6 +92,24 @@ def test_work_goes_on_when_its_caller_is_cancelled(database: Database) -> None: 
     asyncio.run(main())  # which waits for its threads
     with database.read() as session:
         assert session.get(Counter, "a") is not None
+
+
+def test_no_writer_of_many_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv4.server.database.PATIENCE", 0.1)
+    with Database(f"sqlite:///{tmp_path}/busy.db") as database:  # noqa: F811
+        with database.write() as session:
+            session.add(Counter(name="a"))
+
+        def count(_: int) -> None:
+            with database.write() as session:
+                session.scalars(select(Counter)).one().value += 1
+                session.flush()
+                time.sleep(0.02)  # so that those behind wait longer than they have patience
+
+        with ThreadPoolExecutor(24) as threads:
+            list(threads.map(count, range(48)))
+        with database.read() as session:
+            assert session.scalars(select(Counter.value)).one() == 48
 
 
 def test_tables_stay_and_many_can_open_at_once(database_url: str) -> None:  # noqa: F811

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from browser import Chat, Tab, browser, chat, context, eventually, running_chat, says, tab
 from live_server import Server
-from playwright.sync_api import Browser, BrowserContext
+from playwright.sync_api import Browser, BrowserContext, Route
 from scripted_models import one_torch_thread
 
 from dsv4.api import load
@@ -40,6 +40,9 @@ $$\\vec{x} = \\sum_{i=1}^{n} \\frac{1}{i}$$
    - inside
 
 2. two
+
+- [x] done
+- [ ] to do
 
 > said
 
@@ -74,6 +77,7 @@ def test_an_answer_is_shown_as_markdown_with_its_figures(tab: Tab) -> None:
     assert prose.locator(".math.display svg").bounding_box()["width"] > 3  # type: ignore[index]
     assert prose.locator("td").all_inner_texts() == ["1", "2"]
     assert prose.locator("ol > li").count() == 2 and prose.locator("ol ul li").count() == 1
+    assert prose.locator("li.task").all_inner_texts() == ["☑ done", "☐ to do"]
     reasoning = answer.locator("details.reasoning")
     assert reasoning.locator("summary").inner_text().startswith("Thought for ")
     assert not reasoning.locator(".thoughts").is_visible()
@@ -184,7 +188,7 @@ def test_answering_again_and_editing_make_branches_that_stay(tab: Tab) -> None:
         ["Or tea?", "More", "To tea", "To tea"],
     ]
     assert walk() == expected
-    page.wait_for_load_state("networkidle")
+    tab.settled()
     page.reload()
     page.locator("article").first.wait_for()
     assert tab.said() == ["Or tea?", "More"]
@@ -387,6 +391,22 @@ def test_another_conversation_can_be_read_while_one_is_answered(tab: Tab) -> Non
     eventually(lambda: tab.answers()[0].endswith("end"))
 
 
+def test_the_last_conversation_that_was_chosen_is_shown(tab: Tab) -> None:
+    slow = tab.chat.stored("Slow", {"role": "user", "content": "First"})
+    other = tab.chat.stored("Other", {"role": "user", "content": "Second"})
+    page = tab.open().page
+    held: list[Route] = []
+    page.route(f"**/web/conversations/{slow}", lambda route: held.append(route))  # its answer waits
+    page.locator(f'#conversations a[href="#{slow}"]').click()
+    eventually(lambda: bool(held))
+    page.locator(f'#conversations a[href="#{other}"]').click()
+    eventually(lambda: tab.said() == ["Second"])
+    with page.expect_response(f"**/web/conversations/{slow}"):
+        held[0].continue_()
+    page.evaluate("new Promise((done) => setTimeout(done))")
+    assert tab.said() == ["Second"] and page.url.endswith(other)
+
+
 def test_a_server_with_a_key_asks_for_it(browser: Browser, chat: Chat) -> None:
     with Chat(api_key="right") as guarded, browser.new_context() as context:
         guarded.model.script = says("Open.")
@@ -504,12 +524,12 @@ def test_the_thread_follows_the_answer_unless_one_reads_above(tab: Tab) -> None:
     below += " return s.scrollHeight - s.scrollTop - s.clientHeight; })()"
     scrolled = "document.getElementById('scroller').scrollTop"
     eventually(lambda: page.evaluate(scrolled) > 100)
-    assert page.evaluate(below) < 80
+    eventually(lambda: page.evaluate(below) < 80)
     page.mouse.move(700, 300)
-    page.mouse.wheel(0, -5000)
+    page.mouse.wheel(0, -100_000)
     page.locator("#to-end").wait_for()
-    at = page.evaluate(scrolled)
+    eventually(lambda: page.evaluate(scrolled) == 0)
     tab.finished()
-    assert page.evaluate(scrolled) == at
+    assert page.evaluate(scrolled) == 0
     page.locator("#to-end").click()
     eventually(lambda: page.evaluate(below) < 80)

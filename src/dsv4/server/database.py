@@ -20,9 +20,10 @@ What belongs to a caller has the caller's id as ``owner``: the id of the key tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ from ..errors import ConfigError
 MEMORY = "sqlite://"  # lives as long as its Database
 LOCAL = "local"  # the owner of what callers without a key make
 SCHEMA = 1  # raise it when a table that exists changes, and say how in UPGRADES
-PATIENCE = 30.0  # seconds to wait for another writer
+PATIENCE = 30.0  # seconds to wait for a writer of another process
 
 T = TypeVar("T")
 # How tables of a version become those of the next. All steps are one transaction, in which new
@@ -105,6 +106,9 @@ class Database:
     def __init__(self, url: str | None = None) -> None:
         self._engine = _engine(url or default_url())
         self.name = self._engine.url.render_as_string(hide_password=True)
+        # SQLite lets a writer in by chance and others give up; our threads wait in line instead
+        sqlite = self._engine.dialect.name == "sqlite"
+        self._turn = threading.Lock() if sqlite else contextlib.nullcontext()
         self._readers = sessionmaker(self._engine, expire_on_commit=False)
         writing = self._engine.execution_options(writing=True)
         self._writers = sessionmaker(writing, expire_on_commit=False)
@@ -123,17 +127,18 @@ class Database:
             self.close()
             raise
 
-    @contextmanager
+    @contextlib.contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction that may write: committed at the end, undone by an exception.
 
         On SQLite one writer goes at a time, and what it has read stays true until it ends;
-        elsewhere lock the rows that must not change (``with_for_update``). Keep it short.
+        elsewhere lock the rows that must not change (``with_for_update``). Keep it short, and
+        begin no second one inside it.
         """
-        with self._writers.begin() as session:
+        with self._turn, self._writers.begin() as session:
             yield session
 
-    @contextmanager
+    @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
         """A transaction that only reads, and sees one state; writers do not wait for it."""
         with self._readers() as session:

@@ -23,6 +23,8 @@ class Page {
     this.open_ = new Map(); // id -> Conversation, for those that were looked at
     this.views = new Map(); // message id -> MessageView, of the shown conversation
     this.drafts = new Map(); // id -> what was begun to write
+    this.turn = 0; // of showing another conversation
+    this.writes = 0; // that have not been answered
     this.saves = new Map(); // conversation id -> the last write, so that writes keep their order
     this.stick = true; // stay at the end while text comes
     this.answers = new Answers({
@@ -98,6 +100,7 @@ class Page {
   }
 
   async open(id) {
+    const turn = (this.turn += 1);
     let conversation;
     try {
       conversation = await this.fetch(id);
@@ -106,6 +109,7 @@ class Page {
       if (!this.conversation) this.startNew();
       return;
     }
+    if (turn !== this.turn) return; // something else has been asked for meanwhile
     this.show(conversation);
     if (location.hash.slice(1) !== id) history.pushState(null, "", `#${id}`);
     if (narrow.matches) this.toggleSidebar(false);
@@ -141,6 +145,7 @@ class Page {
   }
 
   show(conversation) {
+    this.turn += 1;
     if (this.conversation) this.drafts.set(this.conversation.id, this.composer.draft);
     this.conversation = conversation;
     this.views.clear();
@@ -343,9 +348,18 @@ class Page {
   write(conversation, path, body) {
     const text = structuredClone(body);
     const next = this.saved(conversation).then(() => ask(path, { method: "PUT", body: text }));
-    const settled = next.catch((error) => this.failed(error, "This could not be saved. "));
+    const settled = next
+      .catch((error) => this.failed(error, "This could not be saved. "))
+      .finally(() => this.writing(-1));
     this.saves.set(conversation.id, settled);
+    this.writing(1);
     return settled;
+  }
+
+  // The page says while something is not stored yet.
+  writing(more) {
+    this.writes += more;
+    byId("app").classList.toggle("saving", this.writes > 0);
   }
 
   saved(conversation) {

@@ -36,6 +36,17 @@ function highlight(code, language) {
   return hljs.highlight(code, { language, ignoreIllegals: true }).value;
 }
 
+// Items of a list of tasks have a box in place of their brackets.
+md.core.ruler.after("inline", "tasks", ({ tokens }) => {
+  for (let i = 2; i < tokens.length; i += 1) {
+    const mark = tokens[i].type === "inline" && tokens[i - 2].type === "list_item_open" && /^\[([ xX])\] /.exec(tokens[i].content);
+    if (!mark) continue;
+    const [text] = tokens[i].children;
+    text.content = (mark[1] === " " ? "☐ " : "☑ ") + text.content.slice(mark[0].length);
+    tokens[i - 2].attrJoin("class", "task");
+  }
+});
+
 // An image is named, never loaded.
 md.renderer.rules.image = (tokens, i) => {
   const { escapeHtml } = md.utils;

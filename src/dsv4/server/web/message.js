@@ -123,9 +123,10 @@ export class MessageView {
     // a call that was answered is a step on the way; what can be done is done at the end of it
     const step = message.tool_calls?.length && conversation.children(message.id).length > 0;
     const text = () => (user ? withFiles(message) : message.content);
-    if (!step) actions.push(copyButton(text, user ? "Copy message" : "Copy answer"));
+    const empty = !text(); // a failure has nothing to copy
+    if (!step && !empty) actions.push(copyButton(text, user ? "Copy message" : "Copy answer"));
     if (!user && !step) actions.push(iconButton("retry", "Answer again", () => page.retry(conversation, message), { disabled: busy }));
-    if (!step) actions.push(iconButton("edit", user ? "Edit message" : "Edit answer", () => this.edit(), { disabled: busy }));
+    if (!step && !empty) actions.push(iconButton("edit", user ? "Edit message" : "Edit answer", () => this.edit(), { disabled: busy }));
     const parts = [
       branches(conversation, message, (m) => page.select(conversation, m)),
       actions.length ? h("div.actions", {}, actions) : null,
