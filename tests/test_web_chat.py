@@ -262,6 +262,22 @@ def test_conversations_are_found_renamed_exported_and_deleted(tab: Tab, tmp_path
     assert "Weather" in titles and "Pasta tonight" not in titles
 
 
+def test_an_open_menu_outlives_news_of_the_list(tab: Tab) -> None:
+    tab.chat.stored("Old name", {"role": "user", "content": "Hello"})
+    page = tab.open().page
+    page.locator("#conversations li").first.hover()
+    page.get_by_role("button", name="More for Old name").first.click()
+    tab.chat.stored("Newer", {"role": "user", "content": "Hello"})
+    with page.expect_response("**/web/conversations?**"):
+        page.evaluate("document.getElementById('search').dispatchEvent(new Event('input'))")
+    page.evaluate("new Promise((done) => setTimeout(done, 50))")
+    page.get_by_role("menuitem", name="Rename").click(timeout=10_000)
+    page.get_by_label("Title").fill("New name")
+    page.keyboard.press("Enter")
+    titles = page.locator("#conversations .title")
+    eventually(lambda: {"Newer", "New name"} <= set(titles.all_inner_texts()))
+
+
 DROP = """([name, text]) => {
   const files = new DataTransfer();
   files.items.add(new File([text], name));
@@ -398,7 +414,7 @@ def test_the_last_conversation_that_was_chosen_is_shown(tab: Tab) -> None:
     held: list[Route] = []
     page.route(f"**/web/conversations/{slow}", lambda route: held.append(route))  # its answer waits
     page.locator(f'#conversations a[href="#{slow}"]').click()
-    eventually(lambda: bool(held))
+    eventually(lambda: page.evaluate("true") and bool(held))
     page.locator(f'#conversations a[href="#{other}"]').click()
     eventually(lambda: tab.said() == ["Second"])
     with page.expect_response(f"**/web/conversations/{slow}"):

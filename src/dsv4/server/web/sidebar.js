@@ -47,6 +47,12 @@ export class Sidebar {
   }
 
   show() {
+    const open = this.list.querySelector(".popup:popover-open");
+    if (open) {
+      // a menu stays where it is; the list is shown anew when it closes
+      open.addEventListener("toggle", () => this.show(), { once: true });
+      return;
+    }
     const query = this.search.value.trim();
     const focused = document.activeElement?.closest?.("#conversations li")?.dataset.id;
     const parts = [];
