@@ -415,16 +415,21 @@ def bench_cache(
 
     table = Table(title=f"{report['model']}, a prompt of {prompt} tokens", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    for column in ("prompt tokens", "computed", "first token, s", "sooner"):
+    beside = any("recorded" in case for case in report["cases"])
+    for column in ("prompt", "computed", "first token, s", "sooner",
+                   *(["llama-server*"] if beside else ())):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for case in report["cases"]:
         sooner = "" if case["sooner"] is None else f"{case['sooner']:.1f} x"
+        recorded = f"{case['recorded']:.2f}" if case.get("recorded") else ""
         table.add_row(
             case["name"], f"{case['prompt']:,}", f"{case['computed']:,}",
-            f"{case['seconds']:.3f}", sooner,
+            f"{case['seconds']:.3f}", sooner, *([recorded] if beside else ()),
         )  # fmt: skip
     console = Console()
     console.print(table)
+    if beside:
+        console.print("* recorded on two Xeon cores, not in this run", highlight=False)
     console.print(_machine_line(report["machine"]), highlight=False)
 
 
