@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from dsv4 import bench, bench_cache, bench_context, bench_layers, kernels, synth
+from dsv4 import (
+    bench,
+    bench_cache,
+    bench_context,
+    bench_layers,
+    bench_speculation,
+    kernels,
+    synth,
+)
 from dsv4.bench_layers import KINDS
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
@@ -176,6 +184,20 @@ def test_training_takes_the_memory_that_was_planned(recompute: bool) -> None:
     report = json.loads(done.stdout)
     real = report["engines"]["dsv4"]["peak_bytes"]
     assert report["planned_peak_bytes"] == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.slow
+def test_bench_speculation_shows_where_guesses_are_right() -> None:
+    report = bench_speculation.run(rounds=1, threads=1)
+    cases = {(case["workload"], case["users"]): case for case in report["cases"]}
+    assert len(cases) == 10
+    for (workload, _), case in cases.items():
+        assert case["tokens"] > 0 and case["low"] <= case["ratio"] <= case["high"]
+        assert case["accepted"] <= case["guessed"]
+        if workload == "random":
+            assert case["guessed"] < 0.3 * case["tokens"], "it goes on guessing in vain"
+    alone = cases["arithmetic", 1]
+    assert alone["accepted"] > 0.7 * alone["guessed"] > 50
 
 
 def test_bench_cache_computes_only_what_is_new(folder: Path) -> None:

@@ -16,7 +16,7 @@ cli
 chat
 bench_peers
 bench_cache bench_context bench_engines bench_experts
-bench_kernels bench_layers bench_soak bench_training
+bench_kernels bench_layers bench_soak bench_speculation bench_training
 bench
 peers
 server router

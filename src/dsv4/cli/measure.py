@@ -540,6 +540,49 @@ def bench_soak(
         raise typer.Exit(1)
 
 
+@bench_app.command("speculation")
+def bench_speculation(
+    rounds: Annotated[int, typer.Option(help="Rounds that are timed.", min=1)] = 7,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Guesses of the MTP block against none, in turns, where they are right and where they are not.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench speculation
+      dsv4 bench speculation --rounds 3 --threads 1 --json
+    """
+    from ..bench_speculation import run
+
+    report = run(rounds=rounds, threads=threads, say=_progress)
+    _progress("")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"with speculation, median of {rounds}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("", no_wrap=True)
+    for column in ("users", "tok/s", "with", "ratio (low-high)", "right", "expert bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for case in report["cases"]:
+        speed, experts = case["tokens_per_s"], case["expert_bytes"]
+        table.add_row(
+            case["workload"], str(case["users"]), f"{speed['off']:,.0f}", f"{speed['on']:,.0f}",
+            f"{case['ratio']:.2f} ({case['low']:.2f}-{case['high']:.2f})",
+            f"{case['accepted'] / max(1, case['guessed']):.0%} of {case['guessed']:,}",
+            f"x {experts['on'] / experts['off']:.2f}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(_machine_line(report["machine"]), highlight=False)
+
+
 @bench_app.command("train")
 def bench_train(
     shape: Annotated[str, typer.Argument(help="25m, or nano.")] = "25m",

@@ -32,6 +32,7 @@ LONG = 0.99  # ... and of all requests together
 PRIOR = 2.0  # guesses that what is known of all requests counts for
 MARGIN = 1.02  # a gain that cannot be told from noise is none
 SAMPLES = 9  # times of the same kind of pass that are remembered
+ENOUGH = 3  # of them say what it takes: the first may be slow
 COMPARE = 64  # steps with guesses after which one without them is timed again
 TRY = 4  # guesses in a new try of what did not pay
 RETRY, RETRY_MOST = 128, 1024  # steps between tries; twice as many after each that failed
@@ -153,8 +154,9 @@ class Judge:
     With ``m`` requests that decode and guesses for ``s`` of them a step gives ``m`` tokens and one
     more for each guess that comes true, and takes a pass of ``m + s`` rows and one of the block
     for ``s``. The ``s`` likeliest get guesses for which tokens per second are most, none if no
-    ``s`` is better than 0. Seconds are those that such passes took lately; of kinds not timed yet,
-    by the bytes of weights that they read beside one that was.
+    ``s`` is better than 0. Seconds are those that such passes took lately; numbers of rows not
+    timed yet lie on the line through the two nearest that were, or, where one was, take as much
+    longer as the bytes of weights that they read are more.
 
     Who gets none is tried again: one request at a time, for TRY steps, ever more rarely while it
     does not pay.
@@ -164,6 +166,8 @@ class Judge:
         self.everyone = Odds()
         self._weights = weights
         self._times: dict[tuple[bool, int], deque[float]] = {}
+        self._usual: dict[tuple[bool, int], float] = {}
+        self._expected: dict[tuple[bool, int], float] = {}  # of other kinds
         self._steps = 0
         self._timed: dict[int, int] = {}  # when passes of so many rows without guesses were
         self._trying: Odds | None = None
@@ -183,22 +187,36 @@ class Judge:
         self._note((True, requests), seconds)
 
     def _note(self, kind: tuple[bool, int], seconds: float) -> None:
-        self._times.setdefault(kind, deque(maxlen=SAMPLES)).append(seconds)
+        times = self._times.setdefault(kind, deque(maxlen=SAMPLES))
+        times.append(seconds)
+        # the lower quartile: a pass may be held up, but it is never too fast
+        self._usual[kind] = sorted(times)[len(times) // 4]
+        if len(times) <= ENOUGH:
+            self._expected.clear()
 
     def seconds(self, draft: bool, rows: int) -> float:
         """What a pass of the trunk, or of the block, is expected to take."""
         kind = draft, rows
-        if kind not in self._times:
-            known = sorted(self._times, key=lambda k: (k[0] != draft, abs(k[1] - rows)))
-            if not known:
-                return self._bytes(kind)
-            return self._usual(known[0]) * self._bytes(kind) / self._bytes(known[0])
-        return self._usual(kind)
+        if len(self._times.get(kind, ())) >= ENOUGH:
+            return self._usual[kind]
+        if kind not in self._expected:
+            self._expected[kind] = self._expect(kind)
+        return self._expected[kind]
 
-    def _usual(self, kind: tuple[bool, int]) -> float:
-        """The lower quartile: a pass may be held up, but it is never too fast."""
-        times = sorted(self._times[kind])
-        return times[len(times) // 4]
+    def _expect(self, kind: tuple[bool, int]) -> float:
+        """Of a kind not timed often enough: by the two nearest numbers of rows that were, or by
+        bytes."""
+        draft, rows = kind
+        few = min(ENOUGH, max(map(len, self._times.values()), default=0))
+        known = [k for k, times in self._times.items() if len(times) >= few]
+        known.sort(key=lambda k: (k[0] != draft, abs(k[1] - rows)))
+        if not known:
+            return self._bytes(kind)
+        near, usual = known[0], self._usual[known[0]]
+        if len(known) > 1 and near[0] == known[1][0] == draft:
+            row = (self._usual[known[1]] - usual) / (known[1][1] - near[1])
+            return max(usual + row * (rows - near[1]), 0.5 * usual)
+        return usual * self._bytes(kind) / self._bytes(near)
 
     def _bytes(self, kind: tuple[bool, int]) -> float:
         draft, rows = kind
@@ -212,7 +230,8 @@ class Judge:
         order = sorted(range(len(odds)), key=lambda i: -odds[i].likely)
         chosen = order[: self._worth([odds[i].likely for i in order], decoding)]
         if chosen and self._steps - self._timed.get(decoding, -COMPARE) > COMPARE:
-            chosen = []  # what a step takes without guesses is not known well enough
+            chosen = []  # what a step takes without guesses is not known any more
+            self._expected.clear()
         else:
             chosen += self._try(odds, chosen)
         for i, each in enumerate(odds):
