@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 from live_server import CALL, HELLO, OFF, WEATHER, Server
-from scripted_models import (  # noqa: F401
-    ScriptedModel,
-    one_torch_thread,
-    small_tokenizer,
-    tiny_model,
-)
+from scripted_models import ScriptedModel, one_torch_thread  # noqa: F401
 
 from dsv4.completion import parse_completion
 from dsv4.encoding import DSML, FIM_BEGIN, FIM_END, FIM_HOLE
@@ -31,17 +26,6 @@ PERSON = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def tiny(tokenizer: Tokenizer) -> Iterator[Server]:
-    with Server(LocalBackend(tiny_model(tokenizer))) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

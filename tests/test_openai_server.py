@@ -13,12 +13,7 @@ import httpx
 import openai
 import pytest
 from live_server import CALL, HELLO, OFF, WEATHER, Server, wait_for
-from scripted_models import (  # noqa: F401
-    ScriptedModel,
-    one_torch_thread,
-    small_tokenizer,
-    tiny_model,
-)
+from scripted_models import ScriptedModel, one_torch_thread, tiny_model  # noqa: F401
 
 from dsv4.encoding import ASSISTANT, EOS
 from dsv4.errors import ConfigError
@@ -28,17 +23,6 @@ from dsv4.server.local import StopStrings
 from dsv4.tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------- servers
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def tiny(tokenizer: Tokenizer) -> Iterator[Server]:
-    with Server(LocalBackend(tiny_model(tokenizer))) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,26 @@ def test_what_codex_sends_is_answered(say: Callable[[str], Server]) -> None:
     assert events(say("a</think>Done."), again)[-1]["response"]["status"] == "completed"
 
 
+def test_logprobs_of_the_answer_come_when_asked_for(say: Callable[[str], Server]) -> None:
+    server = say("Well.</think>Paris it is.")
+    body = {"input": "Hello", "top_logprobs": 2}
+    data = events(server, body)
+    (message,) = [i for i in data[-1]["response"]["output"] if i["type"] == "message"]
+    (part,) = message["content"]
+    assert "".join(s["token"] for s in part["logprobs"]) == part["text"] == "Paris it is."
+    assert all(len(s["top_logprobs"]) == 2 and s["logprob"] <= 0 for s in part["logprobs"])
+    deltas = [d for d in data if d["type"] == "response.output_text.delta"]
+    assert [s for d in deltas for s in d["logprobs"]] == part["logprobs"]
+    included = ask(server, include=["message.output_text.logprobs"])
+    assert included.output_text == "Paris it is."
+    assert [s.top_logprobs for s in included.output[1].content[0].logprobs] == [[]] * len(
+        part["logprobs"]
+    )
+    assert ask(server).output[1].content[0].logprobs == []
+    refused = server.post({**body, "top_logprobs": 21}, "/v1/responses")
+    assert refused.status_code == 400 and "[0, 20]" in refused.text
+
+
 def test_a_compaction_is_one_item_that_can_be_read_again(say: Callable[[str], Server]) -> None:
     items: list[Any] = [{"role": "user", "content": "days days"}, {"type": "compaction_trigger"}]
     answer = ask(say("Hm.</think>The weather in Paris."), input=items, tools=[TOOL])

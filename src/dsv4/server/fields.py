@@ -138,6 +138,8 @@ _RESPONSES = Surface(
         "stream": "server-sent events, without `[DONE]`",
         "temperature": f"0 to 2, {_SAMPLING}",
         "top_p": f"above 0, to 1; {_SAMPLING}",
+        "top_logprobs": "0 to 20: logprobs of the answer, and so many alternatives",
+        "include": "`message.output_text.logprobs`; the rest is ignored",
         "max_output_tokens": "1 to 393216",
         "max_thinking_tokens": _BUDGET,
         "tools": "`function`, `namespace` groups of functions, `custom` named `apply_patch`; "
@@ -149,10 +151,10 @@ _RESPONSES = Surface(
         "user": "any string; replayed history is kept apart by it",
     },
     (
-        "background", "context_management", "conversation", "include", "max_tool_calls",
+        "background", "context_management", "conversation", "max_tool_calls",
         "metadata", "previous_response_id", "prompt", "prompt_cache_key",
         "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream_options",
-        "top_logprobs", "truncation",
+        "truncation",
     ),
     ("neither `input` nor `instructions`; an unknown effort; a value out of its range",),
 )  # fmt: skip

@@ -508,7 +508,7 @@ class ChatCompletion:
             message["reasoning_content"] = "".join(said.reasoning)
         if said.calls:
             message["tool_calls"] = said.calls
-        scores = {k: [_logprob(s) for s in v] for k, v in said.scores.items()}
+        scores = {k: [logprob_body(s) for s in v] for k, v in said.scores.items()}
         return {
             "index": index,
             "message": message,
@@ -559,7 +559,7 @@ class ChatCompletion:
         finish: str | None = None,
         usage: dict[str, Any] | None = None,
     ) -> str:
-        logprobs = {scored: [_logprob(s) for s in scores]} if scores else None
+        logprobs = {scored: [logprob_body(s) for s in scores]} if scores else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]}
         if usage is not None or self._include_usage:
@@ -654,7 +654,7 @@ def _call(call: ToolCall, arguments: str) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _logprob(entry: TokenLogprob) -> dict[str, Any]:
+def logprob_body(entry: TokenLogprob) -> dict[str, Any]:
     def one(text: str, raw: bytes, value: float) -> dict[str, Any]:
         return {"token": text, "logprob": value, "bytes": list(raw)}
 

@@ -30,7 +30,7 @@ from .backend import (
     Usage,
 )
 from .models import Route, Service, notes
-from .openai import Effort, namespace, sampled, thinking_budget
+from .openai import Effort, logprob_body, namespace, sampled, thinking_budget
 from .wire import (
     ApiError,
     Closing,
@@ -43,6 +43,7 @@ from .wire import (
     waiting,
 )
 
+LOGPROBS = "message.output_text.logprobs"  # in ``include``
 PATCH = "apply_patch"  # the one tool whose input is free text
 _PATCH_SCHEMA = {
     "type": "object",
@@ -80,12 +81,20 @@ class ResponsesRequest(Loose):
     top_p: float | None = None
     max_output_tokens: int | None = None
     max_thinking_tokens: int | None = None
+    top_logprobs: int | None = None
+    include: Any = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
     user: str | None = None
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many alternatives to report beside each token of the answer; None: no logprobs."""
+        asked = isinstance(self.include, list) and LOGPROBS in self.include
+        return 0 if asked and self.top_logprobs is None else self.top_logprobs
 
 
 def router(service: Service) -> APIRouter:
@@ -156,6 +165,7 @@ def to_backend(
             request.max_output_tokens,
             request.temperature,
             request.top_p,
+            logprobs=request.logprobs,
             ignored=official_sampling and effort != "none",
         ),
         tools=[] if wants.compacts else wants.tools,
@@ -379,6 +389,7 @@ class Answer:
             "text": {"format": {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
+            "top_logprobs": request.top_logprobs or 0,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -433,11 +444,13 @@ class Answer:
                     item = self._opened(kind)
                     for step in self._opening(item):
                         yield step
-                item["content"][0]["text"] += event.text
+                part = item["content"][0]
+                part["text"] += event.text
                 name = "reasoning_text" if kind == "reasoning" else "output_text"
                 place = {"item_id": item["id"], **self._place, "content_index": 0}
                 if kind == "message":
-                    place["logprobs"] = []
+                    place["logprobs"] = [logprob_body(s) for s in event.logprobs]
+                    part["logprobs"] += place["logprobs"]
                 yield f"response.{name}.delta", {**place, "delta": event.text}
             elif isinstance(event, ToolCall):
                 for step in self._closed(item):
@@ -489,7 +502,8 @@ class Answer:
         if item["type"] == "reasoning":
             yield "response.reasoning_text.done", {**place, "text": part["text"]}
         else:
-            yield "response.output_text.done", {**place, "text": part["text"], "logprobs": []}
+            said = {"text": part["text"], "logprobs": part["logprobs"]}
+            yield "response.output_text.done", {**place, **said}
         yield "response.content_part.done", {**place, "part": part}
         yield "response.output_item.done", {**self._place, "item": item}
 
