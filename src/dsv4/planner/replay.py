@@ -38,7 +38,7 @@ class Served:
 
     request: Request  # with the token counts that the server reports
     sent: float = 0.0
-    times: list[float] = field(default_factory=list)  # when pieces of the answer came
+    times: list[float] = field(default_factory=list)  # when tokens of the answer came
 
     @property
     def ttft(self) -> float:
@@ -66,6 +66,7 @@ async def ask(
         "thinking": {"type": "disabled"},
         "stream": True,
         "stream_options": {"include_usage": True},
+        "logprobs": True,  # tells of tokens that are no text yet, too
     }
     served, usage = Served(request, time.perf_counter() - begin), dict[str, Any]()
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
@@ -77,9 +78,8 @@ async def ask(
                 continue
             chunk = json.loads(line[6:])
             usage = chunk.get("usage") or usage
-            deltas = [choice["delta"] for choice in chunk["choices"]]
-            if any(d.get("content") or d.get("reasoning_content") for d in deltas):
-                served.times.append(time.perf_counter() - begin)
+            came = sum(map(_tokens, chunk["choices"]))
+            served.times += [time.perf_counter() - begin] * came
     if not usage:
         raise DSV4Error("the server did not say what it did", expected="usage", got="none")
     served.times = served.times or [time.perf_counter() - begin]  # an empty answer ends too
@@ -87,6 +87,14 @@ async def ask(
         served.sent, usage["prompt_tokens"], max(1, usage["completion_tokens"])
     )
     return served
+
+
+def _tokens(choice: dict[str, Any]) -> int:
+    """How many tokens a part of a stream brings; one for a text of a server that does not say."""
+    told = choice.get("logprobs") or {}
+    count = sum(len(told.get(key) or ()) for key in ("content", "reasoning_content"))
+    delta = choice["delta"]
+    return count or int(bool(delta.get("content") or delta.get("reasoning_content")))
 
 
 async def alone(
