@@ -347,27 +347,6 @@ def resident_bytes(weights: str, pid: int | None = None) -> int:
     return total
 
 
-def peak_bytes(pid: int | None = None) -> int:
-    """The most bytes of a process (this one) in memory, code included, since ``forget_peak`` (or
-    its start, where the system cannot forget)."""
-    status = Path(f"/proc/{pid or 'self'}/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def forget_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
-
-
 def answer_questions(prepare: Callable[[], object]) -> None:
     """Answer on standard output, by methods of what ``prepare`` gives, until the questions end."""
     out = os.fdopen(os.dup(1), "w")

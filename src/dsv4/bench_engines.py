@@ -24,9 +24,10 @@ from torch import Tensor
 
 from . import kernels, peers
 from .api import load
-from .bench import Report, answer_questions, forget_peak, peak_bytes, resident_bytes
+from .bench import Report, answer_questions, resident_bytes
 from .checkpoint import Checkpoint
 from .engine.engine import Engine
+from .engine.memory import forget_peak, peak_bytes
 from .engine.sample import SamplingParams
 from .engine.session import Session
 from .kernels import Stored, reference

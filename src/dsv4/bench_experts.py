@@ -29,10 +29,10 @@ import torch
 
 from . import __version__, kernels
 from .api import Model
-from .bench import Process, Report, answer_questions, measure_machine, peak_bytes
+from .bench import Process, Report, answer_questions, measure_machine
 from .checkpoint import Checkpoint
 from .engine.experts import expert_bytes
-from .engine.memory import control_groups
+from .engine.memory import control_groups, peak_bytes
 from .engine.residency import Counts, replay
 from .errors import ConfigError
 

@@ -27,11 +27,10 @@ from .bench import (
     Process,
     Report,
     answer_questions,
-    forget_peak,
     measure_machine,
-    peak_bytes,
 )
 from .config import V4Config
+from .engine.memory import forget_peak, peak_bytes
 from .errors import ConfigError
 from .planner import training_bytes, training_flops, training_peak_bytes
 from .synth import resize

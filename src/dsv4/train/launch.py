@@ -54,10 +54,13 @@ def train_run(
       dsv4 chat runs/v4-nano/model
       torchrun --nproc-per-node 2 -m dsv4.train recipes/v4-nano.toml
     """
+    from ..engine.memory import forget_peak, peak_bytes
     from .distributed import Ranks
     from .loop import Run
     from .recipes import Recipe, changes
 
+    forget_peak()
+    before = peak_bytes()
     folder = out or Path("runs") / recipe.stem
     what = Recipe.read(recipe)
     with Ranks(expert_parallel) as ranks, Run(what, folder, ranks, tensorboard) as run:
@@ -68,9 +71,14 @@ def train_run(
                 f"{counts.active / 1e6:.1f}M active; step {run.step} of {run.recipe.steps}",
                 file=sys.stderr,
             )
+            if ranks.size == 1:
+                planned = run.planned_bytes() / 1e9
+                print(f"  memory, at most, by the plan: {planned:.2f} GB", file=sys.stderr)
             for line in changes(run.recipe):
                 print(f"  not the report's: {line}", file=sys.stderr)
         run.train()
+        if ranks.first:
+            print(f"peak memory: {(peak_bytes() - before) / 1e9:.2f} GB", file=sys.stderr)
 
 
 @train_app.command("plot")

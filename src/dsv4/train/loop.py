@@ -29,8 +29,10 @@ from torch import Tensor
 from .. import quant
 from ..checkpoint import inventory, save_checkpoint
 from ..config import V4Config
+from ..engine import memory
 from ..errors import TrainingError
 from ..model import Transformer
+from ..planner import training_peak_bytes
 from ..tokenizer import Tokenizer
 from .data import Batch, batches, corpus_for_tokenizer
 from .distributed import Ranks
@@ -41,6 +43,7 @@ from .runfiles import Checkpoints, RunLog, lock
 from .spikes import SpikeWatch
 from .watch import Averages, GroupRMS, Show, probe, rounded
 
+RELEASE_EVERY = 32_768  # tokens; samples of many lengths scatter freed memory over ever more pages
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -164,6 +167,7 @@ class Run:
         self.optim.step(r.lr_at(self.step), updates.add if line_due else None)
         self.ranks.spread(self.net, self.held)
         self.net.zero_grad()
+        memory.after(batch.ids.numel(), RELEASE_EVERY)
         if objective.attention != "warmup":
             self._balance(loads)
         self.spikes.add(parts["loss"])
@@ -279,6 +283,21 @@ class Run:
         while len(self._ahead) <= ahead:
             self._ahead.append(next(self._stream))
         return self._ahead[ahead]
+
+    def planned_bytes(self) -> int:
+        """The most memory that a single process should need, by ``planner.training_peak_bytes``."""
+        r = self.recipe
+        return max(
+            training_peak_bytes(
+                self.config,
+                min(stage.tokens_per_batch, r.tokens_per_pass or stage.tokens_per_batch),
+                recompute=r.recompute,
+                mtp=self.config.mtp_layers > 0 and stage.mtp_weight > 0,
+                sparse=stage.attention != "dense",
+                dtype=r.dtype,
+            )
+            for stage in r.stages
+        )
 
     def train(self) -> None:
         """Go on to the last step and export. SIGINT or SIGTERM ends the step, saves and returns;
