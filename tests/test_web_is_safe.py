@@ -188,6 +188,7 @@ def test_other_sites_get_nothing_of_the_page(client: TestClient) -> None:
 
 def test_a_key_guards_the_conversations_and_not_the_page() -> None:
     client = TestClient(create_app(ScriptedBackend([]), api_key="right"))
+    assert client.head("/").is_success
     assert client.get("/").is_success and client.get("/web/app.js").is_success
     assert client.get("/web/about").json()["keys"] is True
     assert client.get("/web/conversations").status_code == 401

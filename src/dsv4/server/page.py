@@ -86,6 +86,7 @@ def add_page(
     """
     prices = prices or PriceList()
 
+    @app.head("/", include_in_schema=False)  # with which Claude Code looks whether anyone is here
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return FileResponse(FILES / "index.html", headers=HEADERS)
