@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +25,7 @@ from dsv4.bench_experts import disk_reads
 from dsv4.checkpoint import Checkpoint, save_checkpoint, with_format
 from dsv4.config import V4Config
 from dsv4.engine import Engine, SamplingParams, memory
-from dsv4.engine.experts import expert_budget, expert_bytes, slot_bytes
+from dsv4.engine.experts import _Reader, expert_budget, expert_bytes, slot_bytes
 from dsv4.engine.residency import Residency, replay
 from dsv4.errors import CheckpointError, ConfigError
 from dsv4.server import LocalBackend
@@ -290,6 +292,64 @@ def test_a_pass_that_fails_leaves_the_others_unharmed(folder: Path, whole: dsv4.
         hook.remove()
     if kernels.NATIVE:
         assert torch.equal(model.logits(ids), whole.logits(ids))
+
+
+@native
+@pytest.mark.parametrize("slots", [CHOSEN, 8, 20])
+def test_reads_that_come_late_or_fail_change_no_answer(
+    folder: Path, whole: dsv4.Model, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three threads; a failure ends the pass that met it, and nothing else."""
+    model, draw, outcomes = small(folder, slots), random.Random(slots), []
+    prompts = [tokens(count, count) for count in (1, 4, 60)]
+    wanted = [whole.logits(prompt) for prompt in prompts]
+    read = _Reader.read
+
+    def unreliable(*arguments: Any) -> Any:
+        if draw.random() < 0.2:
+            time.sleep(draw.random() * 0.002)
+        if draw.random() < 0.01:
+            raise CheckpointError("the disk is gone for a moment")
+        return read(*arguments)
+
+    monkeypatch.setattr(_Reader, "read", unreliable)
+
+    def ask() -> None:
+        for _ in range(3):
+            for prompt, answer in zip(prompts, wanted, strict=True):
+                try:
+                    outcomes.append(torch.equal(model.logits(prompt), answer))
+                except CheckpointError:
+                    outcomes.append(None)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 27
+    assert outcomes.count(True) >= 3 and False not in outcomes
+    monkeypatch.undo()
+    assert torch.equal(model.logits(prompts[2]), wanted[2])
+
+
+# ---------------------------------------------------------------- the commands
+
+
+@native
+@pytest.mark.slow
+def test_commands_take_the_budget_in_words() -> None:
+    asked = ["generate", "v4-nano", "What is 3 times 4?", "--temperature", "0", "--think", "high"]
+
+    def said(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dsv4.cli", *asked, *more]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    whole, part = said(), said("--expert-memory", "1.5MB")
+    assert part.returncode == 0 and (part.stdout, part.stderr) == (whole.stdout, whole.stderr)
+    refused = said("--expert-memory", "1kB")
+    assert refused.returncode != 0 and "experts' memory is too small" in refused.stderr
+    assert "8GB" in said("--expert-memory", "much").stderr
 
 
 # ---------------------------------------------------------------- the bench

@@ -62,7 +62,7 @@ def size_of(text: str) -> int:
     try:
         return int(float(number) * factor)
     except (ValueError, OverflowError):
-        raise typer.BadParameter(f"expected bytes, such as 4GB or 500MB, got {text}") from None
+        raise typer.BadParameter(f"expected bytes, such as 8GB or 500MB, got {text}") from None
 
 
 ExpertMemory = Annotated[

@@ -129,9 +129,7 @@ class Experts:
             slots, len(self._names), c.n_routed_experts, c.num_experts_per_tok
         )
         self._reader = _Reader(checkpoint)
-        self._arena = mmap.mmap(
-            -1, slots * self.slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        self._arena = _memory(slots * self.slot_bytes)
         self._loads: list[_Load | None] = [None] * slots
         self._expected: dict[int, list[_Load]] = {}  # of each layer that is planned
         self._passing = threading.RLock()  # held by the pass that uses all this
@@ -281,7 +279,18 @@ class Experts:
         self._changed.notify_all()
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- memory, files
+
+
+def _memory(size: int) -> mmap.mmap:
+    """Memory that begins with a page; it is taken page by page, when it is written to."""
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ConfigError(
+            "the experts' memory cannot be had", expected=f"{size:,} bytes", got=error,
+            hint="a smaller --expert-memory",
+        ) from error
 
 
 def _tensors(checkpoint: Checkpoint, expert: str) -> list[str]:
