@@ -129,19 +129,22 @@ def test_batches_of_an_engine_answer_as_the_whole_model(folder: Path, whole: dsv
 @native
 def test_threads_may_share_the_model(folder: Path, whole: dsv4.Model) -> None:
     model = small(folder, 4)
-    wanted = [whole.logits(tokens(30, i)) for i in range(4)]
+    prompts = [tokens(9, i) for i in range(4)]
+    wanted = [(whole.logits(ids), whole.mtp_logits(ids)) for ids in prompts]
     wrong: list[int] = []
 
     def ask(i: int) -> None:
-        for _ in range(3):
-            if not torch.equal(model.logits(tokens(30, i)), wanted[i]):
+        for _ in range(8):
+            got = model.logits(prompts[i]), model.mtp_logits(prompts[i])
+            if not all(map(torch.equal, got, wanted[i])):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+    threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert wrong == []
 
 

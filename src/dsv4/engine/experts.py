@@ -133,6 +133,7 @@ class Experts:
         self._loads: list[_Load | None] = [None] * slots
         self._expected: dict[int, list[_Load]] = {}  # of each layer that is planned
         self._passing = threading.RLock()  # held by the pass that uses all this
+        self._inside = False  # of such a pass; the MTP block has none
         self._changed = threading.Condition()  # held to change loads
         self._pool = ThreadPoolExecutor(READERS, "dsv4-experts")
         self._used = self._read = self._bytes = self._reading = 0
@@ -161,6 +162,8 @@ class Experts:
     def _pass(self, ids: Tensor) -> Iterator[None]:
         """A pass over ``ids``; what it planned and did not use is let go at its end."""
         with self._passing:
+            self._let_go()
+            self._inside = True
             self._residency.next_pass()
             if self.trace is not None:
                 self.trace.append([])
@@ -170,14 +173,24 @@ class Experts:
                         self._expect(layer, gate.tid2eid[ids.flatten()])
                 yield
             finally:
-                for loads in self._expected.values():
-                    self._release(loads)
-                self._expected.clear()
+                self._inside = False
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget what is planned and not used."""
+        for loads in self._expected.values():
+            self._release(loads)
+        self._expected.clear()
 
     def _expect(self, layer: int, ids: Tensor) -> None:
         with self._passing:
-            if layer not in self._expected:
-                self._expected[layer] = self._plan(layer, ids.unique().tolist())
+            experts = ids.unique().tolist()
+            planned = self._expected.get(layer)
+            if planned is not None and sorted(load.expert for load in planned) == experts:
+                return
+            if not self._inside:  # the MTP block's: of one that failed, or of another thread
+                self._let_go()
+            self._expected[layer] = self._plan(layer, experts)
 
     def _plan(self, layer: int, experts: Sequence[int]) -> list[_Load]:
         """The loads of the experts, each with one more use; reads that they need stand in line."""
