@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 
-.PHONY: help setup serve chat check test test-clients sanitize clean
+.PHONY: help setup serve chat check test test-clients sanitize selftest clean
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -62,6 +62,18 @@ sanitize: $(VENV)/.dev  ## test the native kernels under the address and undefin
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/python -m pytest -q tests/test_native_kernels.py; \
 	  status=$$?; $(BIN)/python -m pip install -q -e .; exit $$status
+
+SELFTEST = cmake -S src/dsv4/kernels/native -DDSV4_SELFTEST=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+
+selftest:        ## the kernels without Python: under valgrind, and on an emulated arm64 the same bits
+	$(SELFTEST) -B build/selftest
+	cmake --build build/selftest --parallel
+	valgrind -q --error-exitcode=1 build/selftest/selftest > build/selftest/here
+	$(SELFTEST) -B build/arm64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/arm64 --parallel
+	qemu-aarch64-static build/arm64/selftest > build/arm64/there
+	diff build/selftest/here build/arm64/there
 
 clean:           ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

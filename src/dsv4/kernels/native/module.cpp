@@ -5,7 +5,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "isas.h"
 #include "linear.h"
 #include "pool.h"
 #include "training_module.h"
@@ -21,69 +21,7 @@
 namespace nb = nanobind;
 using namespace dsv4;
 
-namespace dsv4 {
-
-#define DSV4_DECLARE(name) \
-  namespace name {         \
-  extern const Isa isa;    \
-  }
-#if defined(__x86_64__)
-DSV4_DECLARE(avx512_bf16)
-DSV4_DECLARE(avx512)
-DSV4_DECLARE(avx2)
-#elif defined(__aarch64__)
-DSV4_DECLARE(neon)
-#endif
-DSV4_DECLARE(portable)
-
-}  // namespace dsv4
-
 namespace {
-
-// Best first.
-const Isa* const ISAS[] = {
-#if defined(__x86_64__)
-    &avx512_bf16::isa, &avx512::isa, &avx2::isa,
-#elif defined(__aarch64__)
-    &neon::isa,
-#endif
-    &portable::isa};
-
-bool usable(const Isa* isa) {
-  std::string name = isa->name;
-#if defined(__x86_64__)
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx512_bf16") {
-    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vnni");
-  }
-  if (name == "avx512") return avx512;
-  if (name == "avx2") return avx2;
-#endif
-  return true;
-}
-
-std::atomic<const Isa*> chosen{nullptr};
-
-std::vector<std::string> usable_names() {
-  std::vector<std::string> names;
-  for (const Isa* isa : ISAS) {
-    if (usable(isa)) names.push_back(isa->name);
-  }
-  return names;
-}
-
-void choose(const std::string& name) {
-  for (const Isa* isa : ISAS) {
-    if (isa->name == name && usable(isa)) {
-      chosen = isa;
-      return;
-    }
-  }
-  throw nb::value_error(("not an instruction set of this machine: " + name).c_str());
-}
 
 template <class T>
 T* at(uintptr_t address) {
@@ -296,13 +234,11 @@ struct Experts {
 
 }  // namespace
 
-const Isa* dsv4::current() { return chosen.load(std::memory_order_relaxed); }
-
 NB_MODULE(_native, m) {
-  choose(usable_names().front());
-  m.def("isas", usable_names, "Instruction sets of this machine that are compiled in, best first.");
+  use(usable().front());
+  m.def("isas", usable, "Instruction sets of this machine that are compiled in, best first.");
   m.def("isa", [] { return current()->name; }, "The one in use.");
-  m.def("use", choose, "Use another, for all threads of the process.");
+  m.def("use", use, "Use another, for all threads of the process.");
   m.def("linear", linear_of, nb::call_guard<nb::gil_scoped_release>());
   add_training(m);
   auto release = nb::call_guard<nb::gil_scoped_release>();
