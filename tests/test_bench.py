@@ -162,6 +162,7 @@ def test_layers_stand_for_all_of_their_kind() -> None:
         added = phase["rest_ms"] + sum(layer["ms"] for layer in phase["layers"])
         assert phase["whole"]["ms"] == pytest.approx(added)  # nano has all its layers
         assert phase["whole"]["tokens_per_s"] == pytest.approx(1e3 / added)
+        assert 0 < phase["small_kernels"] < 0.9
         assert 0.3 < sum(phase["kernels"].values()) < 1 and phase["kernels"]["linear"] > 0.02
 
 

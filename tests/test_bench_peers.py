@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsv4 import bench_peers, peers
+from dsv4 import bench_peers, bench_report, peers
 from dsv4.bench import EngineProcess, Process
 from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
@@ -125,6 +125,39 @@ def test_recorded_figures_follow_the_machine() -> None:
     twice = {"bf16_tflop_per_s": 1.6, "stream_read_gb_per_s": 10.0}
     assert bench_peers.scaled("small", "prefill-512", twice) == pytest.approx(2 * 1488)
     assert bench_peers.scaled("mid", "users-4", twice) == pytest.approx(36.7 / 2)
+
+
+def test_the_page_is_written_from_receipts(tmp_path: Path) -> None:
+    machine = {
+        "cpu": "a processor", "threads": 2, "torch": "2", "stream_read_gb_per_s": 20.0,
+        "bf16_tflop_per_s": 0.8, "f32_tflop_per_s": 0.2,
+    }  # fmt: skip
+    case = {
+        "name": "linear", "rows": 1, "ms": 2.0, "ms_low": 1.5, "ms_high": 2.5, "gb_per_s": 15.0,
+        "tflop_per_s": 0.03, "limit": "memory", "of_limit": 0.75,
+    }  # fmt: skip
+    kernels = {"machine": machine, "commit": "abc", "shapes": "flash", "cases": [case]}
+    speed = {"median": 90.4, "low": 80.0, "high": 95.0}
+    row = {"machine": machine, "engines": {"dsv4": speed, "llama.cpp": {"error": "died"}}}
+    receipts = {"kernels": kernels, "peers": {"parts": {"small": {"rows": {"decode-0": row}}}}}
+    folder, page = tmp_path / "receipts", tmp_path / "page.md"
+    folder.mkdir()
+    for name, report in receipts.items():
+        (folder / f"{name}.json").write_text(json.dumps(report))
+    page.write_text(f"before\n{bench_report.BEGIN}\nold\n{bench_report.END}\nafter\n")
+    written = bench_report.update(page, folder)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| linear | 1 | 2.000 (1.500 to 2.500) | 15.0 | 0.030 | memory | 75% |" in text
+    assert "| decode-0 | 90.4 (80.0 to 95.0) | failed |" in text and "Commit abc." in text
+    assert all(path.is_file() for path in written)
+    bench_report.update(page, folder)
+    assert page.read_text() == text
+    with pytest.raises(ConfigError, match="no receipts"):
+        bench_report.update(page, tmp_path)
+    (tmp_path / "bare.md").write_text("nothing")
+    with pytest.raises(ConfigError, match="place for tables"):
+        bench_report.update(tmp_path / "bare.md", folder)
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

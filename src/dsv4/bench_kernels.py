@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, kernels, quant
-from .bench import Report, measure_machine
+from .bench import Report, commit, measure_machine
 from .config import V4Config
 from .errors import ConfigError
 from .kernels import Stored
@@ -83,6 +83,7 @@ def run(
         torch.set_num_threads(before)
     return {
         "dsv4": __version__,
+        "commit": commit(),
         "shapes": shapes,
         "kernels": kernels.NATIVE,
         "machine": machine,

@@ -20,11 +20,13 @@ from torch import nn
 
 from . import __version__, kernels
 from .api import find_model, load
-from .bench import Report, measure_machine
+from .bench import Report, commit, measure_machine
 from .checkpoint import Checkpoint
 from .config import V4Config
 from .errors import ConfigError
 
+# What a token pays besides products, attention and the indexer.
+SMALL = ("hc_read", "hc_head", "hc_expand", "sinkhorn", "rms_norm", "route")
 KINDS = {0: "window", 4: "CSA", 128: "HCA"}
 
 
@@ -95,7 +97,8 @@ def run(
 
     ``prompt`` tokens are read in one go, then ``new`` single ones. The receipt's ``prefill`` and
     ``decode`` have milliseconds a token: ``layers`` (each with kind and spread), ``rest``
-    (embedding and head), ``kernels`` (shares of the time), and ``whole`` with its tokens a second.
+    (embedding and head), ``kernels`` (shares of the time), ``small_kernels`` (of the blocks' time,
+    what mHC, norms and routing take), and ``whole`` with its tokens a second.
     Raises ConfigError when the widths are not those of the preset.
     """
     whole = V4Config.preset(of)
@@ -134,6 +137,7 @@ def run(
     tokens = {"prefill": prompt, "decode": new}
     return {
         "dsv4": __version__,
+        "commit": commit(),
         "kernels": kernels.NATIVE,
         "machine": machine,
         "model": {"file_bytes": checkpoint.bytes, "layers": checkpoint.config.num_hidden_layers},
@@ -161,6 +165,8 @@ def _summary(
     total = sum(seconds for seconds, _ in passes)
     names = sorted({name for _, clock in passes for name in clock.kernels})
     shares = {n: sum(c.kernels.get(n, 0.0) for _, c in passes) / total for n in names}
+    blocks = sum(sum(clock.blocks.values()) for _, clock in passes)
+    small = sum(clock.kernels.get(name, 0.0) for _, clock in passes for name in SMALL)
     everyone = statistics.mean(layer["ms"] for layer in layers)
     of_kind = {
         kind: statistics.mean([e["ms"] for e in layers if e["kind"] == kind] or [everyone])
@@ -172,5 +178,6 @@ def _summary(
         "layers": layers,
         "rest_ms": rest,
         "kernels": dict(sorted(shares.items(), key=lambda item: -item[1])),
+        "small_kernels": small / blocks,
         "whole": {"layers": len(ratios), "ms": ms, "tokens_per_s": 1e3 / ms},
     }

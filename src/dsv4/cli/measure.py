@@ -235,6 +235,28 @@ def bench_kernels(
     console.print(_machine_line(machine), highlight=False)
 
 
+@bench_app.command("report")
+def bench_report(
+    folder: Annotated[Path, typer.Argument(help="Receipts: kernels.json, layers.json, ...")],
+    page: Annotated[Path, typer.Argument(help="The page with the marks.")] = Path(
+        "docs/performance.md"
+    ),
+) -> None:
+    """Write the tables of docs/performance.md, and its plot, out of receipts.
+
+    \b
+    [bold]Examples[/bold]
+      dsv4 bench kernels --json > docs/performance/kernels.json
+      dsv4 bench peers --out docs/performance/peers.json
+      dsv4 bench report docs/performance
+    """
+    from ..bench_report import update
+
+    for path in update(page, folder):
+        print(path)
+
+
+@bench_app.command("flash-layer", hidden=True)  # what it is mostly for
 @bench_app.command("layers")
 def bench_layers(
     model: Annotated[str, typer.Argument(help="Folder of a model of few layers and full width.")],
@@ -281,6 +303,8 @@ def bench_layers(
         shares = [phase["kernels"].get(name, 0.0) for _, phase in phases]
         if max(shares) >= 0.01:
             table.add_row(f"  {name}", *(f"{share:.0%}" for share in shares))
+    small = (f"{phase['small_kernels']:.1%}" for _, phase in phases)
+    table.add_row("mHC, norms, routing of the layers", *small)
     console = Console()
     console.print(table)
     for name, phase in phases:
