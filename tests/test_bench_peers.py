@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dsv4 import bench_peers, bench_report, peers
 from dsv4.bench import EngineProcess, Process
@@ -98,21 +98,20 @@ def test_experts_are_measured_alone(tmp_path: Path) -> None:
 
 def test_a_paused_process_does_nothing_and_goes_on(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "tiny", TINY, synthesize(TINY))
-    process = EngineProcess("dsv4", tmp_path / "tiny", 1, tmp_path)
-    process.ask("load")
-    process.pause()
-    stat = Path(f"/proc/{process._process.pid}/stat")
-    if sys.platform == "linux":
-        deadline = time.monotonic() + 20
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":  # a signal takes its time
-            assert time.monotonic() < deadline
-    with process.alone():
-        assert process.ask("prefill", [1, 2, 3]) > 0
-    logits: list[torch.Tensor] = []
-    with process.alone():
-        logits += [process.logits([1, 2, 3], numerics) for numerics in ("own", "float32")]
-    assert logits[0].shape == logits[1].shape == (3, TINY.vocab_size)
-    process.close()
+    with contextlib.closing(EngineProcess("dsv4", tmp_path / "tiny", 1, tmp_path)) as process:
+        process.ask("load")
+        process.pause()
+        stat = Path(f"/proc/{process._process.pid}/stat")
+        if sys.platform == "linux":
+            deadline = time.monotonic() + 60
+            while stat.read_text().rpartition(")")[2].split()[0] != "T":
+                assert time.monotonic() < deadline
+                time.sleep(0.01)  # a signal takes its time
+        with process.alone():
+            assert process.ask("prefill", [1, 2, 3]) > 0
+        with process.alone():
+            logits = [process.logits([1, 2, 3], numerics) for numerics in ("own", "float32")]
+        assert logits[0].shape == logits[1].shape == (3, TINY.vocab_size)
     assert process._process.returncode == 0
 
 
