@@ -633,7 +633,7 @@ class Engine:
             chosen.append(Token(token, scores))
             if guessed is not None and request.odds is not None:
                 request.odds.seen(token == guessed)
-            if token != guessed or token in stops:
+            if token != guessed:  # a guess is never a stop token
                 break
         if guess:
             right = len(chosen) - 1
