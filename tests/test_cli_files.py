@@ -137,6 +137,13 @@ def test_synth_pattern_format_and_scale(dsv4: Command, tmp_path: Path) -> None:
     assert config.hidden_size == 256 and config.n_routed_experts == 16
 
 
+def test_synth_knows_the_shapes_of_the_benchmarks(dsv4: Command, tmp_path: Path) -> None:
+    dsv4("synth", tmp_path / "m", "--preset", "mid", "--layers", "3", "--experts", "8")
+    config = V4Config.from_json(tmp_path / "m" / "config.json")
+    assert (config.hidden_size, config.num_hidden_layers, config.n_routed_experts) == (2048, 3, 8)
+    assert config.compress_ratios == (0, 0, 4, 0)
+
+
 def test_synth_adds_a_tokenizer_that_fits(dsv4: Command, tmp_path: Path) -> None:
     from dsv4.tokenizer import Tokenizer
 

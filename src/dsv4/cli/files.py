@@ -123,7 +123,9 @@ ShardBytes = Annotated[
 @app.command()
 def synth(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    preset: Annotated[str, typer.Option(help=f"Start from: {', '.join(PRESETS)}.")] = "flash",
+    preset: Annotated[
+        str, typer.Option(help=f"Start from: {', '.join(PRESETS)}, small or mid.")
+    ] = "flash",
     layers: Annotated[int | None, typer.Option(help="Layers; keeps the first ones.")] = None,
     hidden: Annotated[int | None, typer.Option(help="hidden_size")] = None,
     heads: Annotated[int | None, typer.Option(help="num_attention_heads")] = None,
