@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -38,16 +39,19 @@ class Pool {
       workers_.emplace_back(&Pool::serve, this, (int)workers_.size() + 1, seen);
       workers_.back().detach();
     }
-    work_ = work, context_ = context, tasks_ = tasks;
-    next_ = 0;
-    seats_ = threads;
+    work_ = work, context_ = context, seats_ = threads;
+    while ((int)shares_.size() < threads) shares_.emplace_back();
+    for (int seat = 0; seat < threads; seat++) {
+      shares_[seat].next = tasks * seat / threads;
+      shares_[seat].end = tasks * (seat + 1) / threads;
+    }
     busy_ = (int)workers_.size();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       round_++;
     }
     wake_.notify_all();
-    take();
+    take(0);
     wait_for([this] { return busy_ == 0; }, mutex_, done_);
   }
 
@@ -55,25 +59,34 @@ class Pool {
   void serve(int seat, uint64_t seen) {
     for (;; seen++) {
       wait_for([&] { return round_ != seen; }, mutex_, wake_);
-      if (seat < seats_) take();
+      if (seat < seats_) take(seat);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--busy_ == 0) done_.notify_one();
     }
   }
 
-  void take() {
-    for (int64_t task; (task = next_++) < tasks_;) work_(context_, task);
+  // Neighbouring tasks read neighbouring memory, of which one asks for what comes next: so each
+  // thread has a run of them, and then helps the others.
+  void take(int seat) {
+    for (int i = 0; i < seats_; i++) {
+      Share& share = shares_[(seat + i) % seats_];
+      for (int64_t task; (task = share.next++) < share.end;) work_(context_, task);
+    }
   }
+
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
 
   std::mutex turn_, mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
-  std::atomic<int64_t> next_{0};
+  std::deque<Share> shares_;  // of each seat
   std::atomic<uint64_t> round_{0};
   std::atomic<int> busy_{0};  // workers that have not seen the end of this round
   Work work_ = nullptr;
   void* context_ = nullptr;
-  int64_t tasks_ = 0;
   int seats_ = 0;
 };
 
