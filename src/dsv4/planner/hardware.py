@@ -24,8 +24,8 @@ KWH = 0.15  # US$
 @dataclass(frozen=True)
 class Engine:
     """What software makes of a machine: reached shares of bandwidth and compute, the narrowest
-    precision it multiplies in, and the microseconds a layer takes whatever it does. Not
-    ``batched``: each user's token is a step of its own."""
+    precision it multiplies in, and the microseconds a layer takes whatever it does and for each
+    further user of a step. Not ``batched``: each user's token is a step of its own."""
 
     bandwidth: float
     compute: float
@@ -33,6 +33,7 @@ class Engine:
     layer_us: float
     source: str
     batched: bool = True
+    user_us: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -312,6 +312,8 @@ class Speed:
         flops = forward_flops(self.config, 1, start=max(0, context - 1))
         flops = flops.times([batch] * len(flops))
         one = self._step(p, batch, batch * self._kv_read(context), flops, imbalance)
+        further = (batch - 1) * self.config.num_hidden_layers * self.engine.user_us / 1e6
+        one = one._replace(layers=one.layers + further)
         return Timing(*(part * steps for part in one))
 
     def prefill(
