@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from agents import call
 from browser import Chat, Tab, browser, chat, context, eventually, running_chat, says, tab
 from live_server import Server
 from playwright.sync_api import Browser, BrowserContext, Route
 from scripted_models import one_torch_thread
 
 from dsv4.api import load
-from dsv4.encoding import DSML, TASKS
+from dsv4.encoding import TASKS
 from dsv4.server import LocalBackend
 
 __all__ = ["browser", "chat", "context", "one_torch_thread", "running_chat", "tab"]  # fixtures
@@ -50,17 +51,6 @@ The end: [here][1].
 
 [1]: https://example.com/there
 """
-
-
-def call(name: str, **arguments: str) -> str:
-    inside = "\n".join(
-        f'<{DSML}parameter name="{key}" string="true">{value}</{DSML}parameter>'
-        for key, value in arguments.items()
-    )
-    return (
-        f'\n\n<{DSML}tool_calls>\n<{DSML}invoke name="{name}">\n{inside}\n'
-        f"</{DSML}invoke>\n</{DSML}tool_calls>"
-    )
 
 
 def test_an_answer_is_shown_as_markdown_with_its_figures(tab: Tab) -> None:
@@ -314,7 +304,7 @@ def test_the_calculator_is_called_computed_and_read(tab: Tab) -> None:
     def script(prompt: str) -> str:
         if "7006652" in prompt:
             return "It is 7006652."
-        return call("calculator", expression="1234 * 5678")
+        return call("calculator", {"expression": "1234 * 5678"})
 
     tab.chat.model.script = script
     page = tab.open().page
@@ -333,7 +323,7 @@ def test_the_calculator_is_called_computed_and_read(tab: Tab) -> None:
 
 def test_a_declared_function_is_answered_by_hand(tab: Tab) -> None:
     tab.chat.model.script = lambda prompt: (
-        "Take an umbrella." if "rain" in prompt else call("get_weather", city="Paris")
+        "Take an umbrella." if "rain" in prompt else call("get_weather", {"city": "Paris"})
     )
     page = tab.open().page
     page.select_option("#effort", "off")
