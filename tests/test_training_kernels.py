@@ -115,3 +115,72 @@ def test_threads_do_not_change_a_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", LOOSE)
+@pytest.mark.parametrize("rows", [1, 31, 97])
+def test_norms_and_the_end_of_the_streams(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    compare("rms_norm", dtype, [torch.randn(1, rows, 48, dtype=dtype), torch.randn(48)], 1e-6)
+    streams = torch.randn(1, rows, 4, 48, dtype=dtype)
+    fn, scale, base = torch.randn(4, 192) * 0.1, torch.tensor([0.7]), torch.randn(4)
+    compare("hc_head", dtype, [streams, fn, scale, base], 1e-6, 1e-6, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOOSE)
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_swiglu(dtype: torch.dtype, limit: float) -> None:
+    torch.manual_seed(0)
+    gate, up = torch.randn(37, 48, dtype=dtype), torch.randn(37, 48, dtype=dtype)
+    compare("swiglu", dtype, [gate, up], limit, dtype)
+
+
+@pytest.mark.parametrize("dtype", LOOSE)
+@pytest.mark.parametrize("length", [1, 17, 150, 300])
+@pytest.mark.parametrize("kind", ["window", "rows", "chosen"])
+def test_attention(dtype: torch.dtype, length: int, kind: str) -> None:
+    torch.manual_seed(length)
+    q = torch.randn(2, length, 3, 32, dtype=dtype)
+    window, rows = (torch.randn(2, n, 32, dtype=dtype) for n in (length, max(1, length // 4)))
+    sink, chosen = torch.randn(3), None
+    if kind == "chosen":
+        seen = (torch.arange(length) + 1) // 4
+        chosen = torch.rand(2, length, rows.shape[1]).topk(min(5, rows.shape[1])).indices
+        chosen = chosen.masked_fill(chosen >= seen[:, None], -1)
+
+    def run(table: object, q: Tensor, window: Tensor, sink: Tensor, *rows: Tensor) -> Tensor:
+        found: Tensor = table.attention(  # type: ignore[attr-defined]
+            q, window, rows[0] if rows else None, chosen, sink, start=0, ratio=4, width=128,
+            scale=0.2, dtype=dtype,
+        )
+        return found
+
+    inputs = [q, window, sink] + ([] if kind == "window" else [rows])
+    ours = outputs_and_gradients(lambda *x: run(kernels, *x), inputs)
+    truth = outputs_and_gradients(lambda *x: run(reference, *x), inputs)
+    absolute, relative = LOOSE[dtype]
+    for a, b in zip(ours, truth, strict=True):
+        size = float(b.detach().float().abs().mean()) + 1e-3
+        a, b = a.detach().float() / size, b.detach().float() / size
+        torch.testing.assert_close(a, b, atol=20 * absolute, rtol=relative)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int
+) -> None:
+    """A part at a time gives what whole logits give."""
+    monkeypatch.setattr(reference, "LOGITS_AT_ONCE", 16 * 90)
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 24, dtype=dtype), torch.randn(90, 24, dtype=dtype)
+    targets = torch.randint(90, (rows,))
+
+    def whole(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(
+            kernels.head(x, weight), targets, reduction="none"
+        )
+
+    ours = outputs_and_gradients(lambda *y: kernels.cross_entropy(*y, targets), [x, weight])
+    for a, b in zip(ours, outputs_and_gradients(whole, [x, weight]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -30,6 +30,7 @@ from .bench import (
     measure_machine,
 )
 from .config import V4Config
+from .engine import memory
 from .engine.memory import forget_peak, peak_bytes
 from .errors import ConfigError
 from .planner import training_bytes, training_flops, training_peak_bytes
@@ -155,9 +156,11 @@ def newton_schulz_flops(config: V4Config) -> float:
 def _ours(config: V4Config, ids: torch.Tensor, recompute: bool) -> Callable[[], float]:
     from .model import Transformer
     from .train.data import Batch
+    from .train.loop import KEPT
     from .train.losses import Objective, losses
     from .train.optim import MuonAdamW, OptimSettings
 
+    memory.reuse(KEPT)
     net = Transformer(config)
     net.init_weights(0)
     objective = Objective(mtp_weight=0.0, recompute=recompute)

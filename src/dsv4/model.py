@@ -12,9 +12,8 @@ What is unusual here, in the order it appears:
   - MTPBlock: one more block that predicts the token after the next.
 
 Module and parameter names are those of the official checkpoints. Parameters are made on the meta
-device; ``load_weights`` gives them the stored tensors (FP4, FP8, BF16, F32 as on disk), or
-``init_weights`` float32 masters for training. Sources: report sections 2.1-2.4 and the published
-inference code; letters in shapes as in ``kernels/reference.py``.
+device; ``load_weights`` gives them the stored tensors, ``init_weights`` float32 masters. Sources:
+report sections 2.1-2.4, the published inference code; letters in shapes: ``kernels/reference.py``.
 """
 
 from __future__ import annotations
@@ -309,7 +308,7 @@ class Compressor(nn.Module):
     def project(self, x: Tensor, nx: Numerics) -> tuple[Tensor, Tensor]:
         """What is pooled and, but for the positional bias, the logits of its weights; of each
         token: ``x [B, T, d]`` -> two ``[B, T, width]``."""
-        high = replace_dtype(nx, torch.float32) if nx.official else nx
+        high = replace(nx, dtype=torch.float32) if nx.official else nx
         return self.wkv(x, high), self.wgate(x, high)
 
     def forward(
@@ -333,11 +332,6 @@ class Compressor(nn.Module):
             entries = kernels.rope(entries, run.rotation(True, first, blocks, ratio))
             entries = fp4_rotated(entries, nx) if self.rotate else kv_rounded(entries, run)
         return entries if state is None else state.rows(self.which, entries)
-
-
-def replace_dtype(nx: Numerics, dtype: torch.dtype) -> Numerics:
-    """The same numerics with another matmul type."""
-    return replace(nx, dtype=dtype)
 
 
 def no_block_before(raw: Tensor, ratio: int) -> Tensor:
@@ -655,7 +649,7 @@ class Block(nn.Module):
         return self.site("ffn", lambda x: self.ffn(self.ffn_norm(x), run), streams, run)
 
     def _recomputed(self, streams: Tensor, run: Pass, layer: int) -> Tensor:
-        """``forward`` that keeps nothing but its input, and is done again for the gradient."""
+        """``forward`` that keeps its input alone, and is done again for the gradient."""
 
         def once(streams: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]], list[Tensor]]:
             # what is noted is returned, so that doing it again leaves no trace
@@ -682,7 +676,7 @@ class Head(nn.Module):
 
 
 class _Collapsing(nn.Module):
-    """Streams -> logits: a learned weighting of the streams, the final norm, the head."""
+    """Streams -> logits: a learned sum of the streams, the final norm, the head."""
 
     def make_collapse(self, c: V4Config) -> None:
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
@@ -690,17 +684,20 @@ class _Collapsing(nn.Module):
         self.hc_head_base = _parameter(c.hc_mult)
         self.hc_head_scale = _parameter(1)
 
-    def collapse(self, streams: Tensor, run: Pass, head: Head) -> Tensor:
-        """Float32 logits ``[..., V]`` of ``streams [..., h, d]``."""
+    def collapse(self, streams: Tensor, run: Pass, head: Head, targets: Tensor | None) -> Tensor:
+        """Float32 logits ``[..., V]`` of ``streams [..., h, d]``, or the losses of ``targets``."""
         c = run.config
-        fn, scale, base = self.hc_head_fn, self.hc_head_scale, self.hc_head_base
-        x = kernels.hc_head(streams, fn, scale, base, c.hc_eps, c.rms_norm_eps, run.nx.dtype)
-        x = self.norm(x)
+        weights = self.hc_head_fn, self.hc_head_scale, self.hc_head_base
+        x = self.norm(
+            kernels.hc_head(streams, *weights, c.hc_eps, c.rms_norm_eps, run.nx.dtype)
+        )
+        if targets is not None:
+            return kernels.cross_entropy(x, head.weight, targets)
         return kernels.head(x, head.weight)
 
 
 class MTPEmbedding(nn.Module):
-    """A Base checkpoint's own embedding of the MTP block."""
+    """That of a Base checkpoint."""
 
     def __init__(self, c: V4Config) -> None:
         super().__init__()
@@ -796,9 +793,9 @@ class Transformer(_Collapsing):
                     keep.append(streams)
         return streams
 
-    def logits(self, streams: Tensor, run: Pass) -> Tensor:
-        """Next-token logits ``[..., V]`` (float32) of the trunk's streams."""
-        return self.collapse(streams, run, self.head)
+    def logits(self, streams: Tensor, run: Pass, targets: Tensor | None = None) -> Tensor:
+        """Next-token logits ``[..., V]`` (float32) of streams; or of ``targets [N]`` the loss."""
+        return self.collapse(streams, run, self.head, targets)
 
     def mtp_streams(self, streams: Tensor, run: Pass) -> Tensor:
         """The MTP block's streams ``[B, T - 1, h, d]``; ``run`` made the trunk's ``streams``.
@@ -824,10 +821,11 @@ class Transformer(_Collapsing):
         ``run.states`` has what the block remembers, alone."""
         return self._mtp.predict(streams, run, self.embed, 0)
 
-    def mtp_logits(self, mtp_streams: Tensor, run: Pass) -> Tensor:
-        """Logits ``[..., V]`` (float32) of the token after the next, from ``mtp_streams``."""
+    def mtp_logits(self, mtp_streams: Tensor, run: Pass, targets: Tensor | None = None) -> Tensor:
+        """As ``logits`` for the token after the next, from ``mtp_streams``."""
         block = self._mtp
-        return block.collapse(mtp_streams, run, self.head if block.head is None else block.head)
+        head = self.head if block.head is None else block.head
+        return block.collapse(mtp_streams, run, head, targets)
 
     @property
     def _mtp(self) -> MTPBlock:

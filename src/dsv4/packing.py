@@ -60,14 +60,17 @@ class Packing:
     def split(self, row: Tensor) -> list[Tensor]:
         """``[1, N, ...]`` -> for each batch of samples ``[B, T, ...]``; after a sample come copies
         of any token."""
-        flat: Tensor = _Spread.apply(row[0], self._source, self._place)  # type: ignore[no-untyped-call]
+        flat: Tensor = _Spread.apply(row.flatten(0, 1), self._source, self._place)  # type: ignore[no-untyped-call]
+        if len(self.shapes) == 1:
+            return [flat.unflatten(0, self.shapes[0])]
         sizes = [b * t for b, t in self.shapes]
         parts = zip(flat.split(sizes), self.shapes, strict=True)
         return [part.unflatten(0, shape) for part, shape in parts]
 
     def join(self, batches: Sequence[Tensor]) -> Tensor:
         """The inverse of ``split``; what stands in the padding is dropped."""
-        flat = torch.cat([batch.flatten(0, 1) for batch in batches])
+        rows = [batch.flatten(0, 1) for batch in batches]
+        flat = rows[0] if len(rows) == 1 else torch.cat(rows)
         places = self._source, self._place, self._padding
         row: Tensor = _Collect.apply(flat, *places)  # type: ignore[no-untyped-call]
         return row.unsqueeze(0)

@@ -21,11 +21,12 @@ _glibc = hasattr(_libc, "mallopt") and hasattr(_libc, "malloc_trim")
 
 
 @functools.cache
-def reuse() -> None:
-    """From now on, keep freed blocks for the next pass. For the whole process."""
+def reuse(most: int = 256 << 20) -> None:
+    """From now on, keep freed blocks for the next pass, up to ``most`` bytes (below 2 GB) at the
+    end of the heap. For the whole process."""
     if _glibc:
         _libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        _libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+        _libc.mallopt(_M_TRIM_THRESHOLD, most)
 
 
 _tokens = 0  # computed since freed blocks were given back

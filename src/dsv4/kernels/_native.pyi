@@ -98,6 +98,32 @@ def train_norm_rope_back(
     x: int, grad: int, bf16: bool, rows: int, heads: int, d: int, turn: int, positions: int,
     width: int, eps: float, dx: int, threads: int, /,
 ) -> None: ...
+def train_norm(
+    x: int, bf16: bool, rows: int, d: int, weight: int, eps: float, y: int, threads: int, /,
+) -> None: ...
+def train_norm_back(
+    x: int, grad: int, bf16: bool, rows: int, d: int, weight: int, eps: float, dx: int,
+    dweights: int, threads: int, /,
+) -> None: ...
+def train_row_dots(
+    a: int, b: int, bf16: bool, batches: int, rows: int, stride_a: int, stride_b: int, d: int,
+    out: int, threads: int, /,
+) -> None: ...
+def train_weigh(
+    scores: int, bf16: bool, batches: int, queries: int, heads: int, keys: int, hidden: int,
+    hidden_step: int, sink: int, threads: int, /,
+) -> None: ...
+def train_weigh_back(
+    grad: int, p: int, bf16: bool, rows: int, keys: int, dots: int, scale: float, dsinks: int,
+    threads: int, /,
+) -> None: ...
+def train_log_sums(
+    x: int, bf16: bool, rows: int, count: int, out: int, threads: int, /,
+) -> None: ...
+def train_shares(
+    x: int, bf16: bool, rows: int, count: int, sums: int, targets: int, scales: int,
+    threads: int, /,
+) -> None: ...
 def train_swiglu(
     gate: int, up: int, bf16: bool, rows: int, width: int, weights: int, limit: float, act: int,
     threads: int, /,

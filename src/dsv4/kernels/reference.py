@@ -97,6 +97,49 @@ def head(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(x, w.to(x.dtype)) for w in slices], -1)
 
 
+LOGITS_AT_ONCE = 1 << 20  # of a loss: 4 MB in float32, in the cache
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """``-log softmax(head(x))`` at ``targets [N]``, in nats, float32 ``[N]``, for ``x [N, d]``.
+
+    Logits are made a part at a time and again for the gradient: they are never whole.
+    """
+    losses: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x, weight, targets, max(16, LOGITS_AT_ONCE // weight.shape[0])
+    )
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows):  # type: ignore[no-untyped-def]
+        typed, totals, hits = weight.to(x.dtype), [], []
+        for some, t in zip(x.split(rows), targets.split(rows), strict=True):
+            logits = wide(F.linear(some, typed))
+            totals.append(logits.logsumexp(-1))
+            hits.append(logits.gather(1, t.unsqueeze(1)).squeeze(1))
+        total = torch.cat(totals) if totals else wide(x.new_empty(0))
+        ctx.save_for_backward(x, weight, targets, total)
+        ctx.rows = rows
+        return total - torch.cat(hits) if hits else total
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight, targets, total = ctx.saved_tensors
+        typed, dx = weight.to(x.dtype), torch.empty_like(x)
+        dweight = torch.zeros_like(weight, dtype=total.dtype)
+        for at in range(0, len(x), ctx.rows):
+            part = slice(at, at + ctx.rows)
+            some, t = x[part], targets[part].unsqueeze(1)
+            p = wide(F.linear(some, typed)).sub_(total[part].unsqueeze(1)).exp_()
+            p.scatter_add_(1, t, p.new_full(t.shape, -1.0))
+            p = p.mul_(grad[part].unsqueeze(1)).to(x.dtype)
+            torch.mm(p, typed, out=dx[part])
+            dweight += p.T @ some
+        return dx, dweight.to(weight.dtype), None, None
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the last axis, rounded to ``x``'s dtype.
 
@@ -473,10 +516,10 @@ def attention(
     with ``sink [H]`` (one logit per head) in the denominator only. Returns ``[B, T, H, D]``.
     """
     rows = None if rows is None else dense(rows)
-    blocks = _query_blocks(q, window, rows, chosen, start, ratio, width)
+    blocks = query_blocks(q, window, rows, chosen, start, ratio, width)
     if q.requires_grad:
-        trained: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, window, rows, sink, list(blocks), scale, dtype
+        trained: Tensor = TrainedAttention.apply(  # type: ignore[no-untyped-call]
+            q, window, rows, sink, list(blocks), scale, dtype, attention_weights, score_gradient
         )
         return trained
     out = []
@@ -503,7 +546,7 @@ class _Block(NamedTuple):
     sparse: bool  # each query sees few of the rows, other ones
 
 
-def _query_blocks(
+def query_blocks(
     q: Tensor, window: Tensor, rows: Tensor | None, chosen: Tensor | None,
     start: int, ratio: int, width: int,
 ) -> Iterator[_Block]:
@@ -583,37 +626,49 @@ def _softmax_attention(
     return out.div_(total).to(dtype)
 
 
-class _Attention(torch.autograd.Function):
+def attention_weights(
+    q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float
+) -> Tensor:
+    """Of queries ``[B, n, H, D]`` for ``keys [B, 1 + S, D]``: ``[B, n * H, 1 + S]``."""
+    b, n, h, _ = q.shape
+    scores = torch.baddbmm(
+        q.new_zeros(1), q.flatten(1, 2), keys.transpose(1, 2), beta=0, alpha=scale
+    ).view(b, n, h, -1)
+    scores[..., 0] = sink
+    if hidden is not None:
+        scores[..., 1:].masked_fill_(hidden.unsqueeze(-2), -torch.inf)
+    high = torch.promote_types(q.dtype, torch.float32)
+    return torch.softmax(scores.flatten(1, 2), -1, dtype=high).to(q.dtype)
+
+
+def score_gradient(
+    p: Tensor, g: Tensor, keys: Tensor, out: Tensor, scale: float, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Of products ``q . keys``, and of the sinks; ``g [B, n * H, D]`` is that of ``out``."""
+    dot = (wide(g) * wide(out)).sum(-1, keepdim=True)
+    ds = torch.bmm(g, keys.transpose(1, 2)).sub_(dot.to(g.dtype)).mul_(p)
+    return ds * scale, wide(ds[..., 0]).view(-1, heads).sum(0)
+
+
+class TrainedAttention(torch.autograd.Function):
     """``_softmax_attention`` of all blocks with its backward, which computes the weights again.
 
-    A zero key stands for the sink: its score is the sink's logit, its value nothing.
+    A zero key stands for the sink: its score is the sink's logit, its value nothing. ``weigh`` and
+    ``weigh_back`` are ``attention_weights`` and ``score_gradient``, or do the same.
     """
 
     @staticmethod
-    def weights(
-        q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float
-    ) -> Tensor:
-        """Of queries ``[B, n, H, D]`` for ``keys [B, 1 + S, D]``: ``[B, n * H, 1 + S]``."""
-        b, n, h, _ = q.shape
-        scores = torch.baddbmm(
-            q.new_zeros(1), q.flatten(1, 2), keys.transpose(1, 2), beta=0, alpha=scale
-        ).view(b, n, h, -1)
-        scores[..., 0] = sink
-        if hidden is not None:
-            scores[..., 1:].masked_fill_(hidden.unsqueeze(-2), -torch.inf)
-        high = torch.promote_types(q.dtype, torch.float32)
-        return torch.softmax(scores.flatten(1, 2), -1, dtype=high).to(q.dtype)
-
-    @staticmethod
-    def forward(ctx, q, window, rows, sink, blocks, scale, dtype):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, q, window, rows, sink, blocks, scale, dtype, weigh, weigh_back
+    ):
         q, window = q.to(dtype), window.to(dtype)
         out = torch.empty_like(q)
         for block in blocks:
             qs, keys = q[:, block.queries], _with_sink(window, rows, block)
-            p = _Attention.weights(qs, keys, block.hidden, sink, scale)
+            p = weigh(qs, keys, block.hidden, sink, scale)
             out[:, block.queries] = torch.bmm(p, keys).view_as(qs)
         ctx.save_for_backward(q, window, rows, sink, out)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.blocks, ctx.scale, ctx.weigh, ctx.weigh_back = blocks, scale, weigh, weigh_back
         return out
 
     @staticmethod
@@ -626,12 +681,11 @@ class _Attention(torch.autograd.Function):
         dsink = torch.zeros_like(sink, dtype=high)
         for block in ctx.blocks:
             qs, keys = q[:, block.queries], _with_sink(window, rows, block)
-            p = _Attention.weights(qs, keys, block.hidden, sink, ctx.scale)
+            p = ctx.weigh(qs, keys, block.hidden, sink, ctx.scale)
             g = grad[:, block.queries].to(q.dtype).flatten(1, 2)
-            dot = (wide(g) * wide(out[:, block.queries].flatten(1, 2))).sum(-1, keepdim=True)
-            ds = torch.bmm(g, keys.transpose(1, 2)).sub_(dot.to(q.dtype)).mul_(p)
-            dsink += wide(ds[..., 0]).view(-1, len(sink)).sum(0)
-            ds *= ctx.scale
+            got = out[:, block.queries].flatten(1, 2)
+            ds, more = ctx.weigh_back(p, g, keys, got, ctx.scale, len(sink))
+            dsink += more
             dq[:, block.queries] = torch.bmm(ds, keys).view_as(qs)
             dkeys = torch.bmm(ds.transpose(1, 2), qs.flatten(1, 2))
             dkeys = torch.baddbmm(dkeys, p.transpose(1, 2), g)[:, 1:]
@@ -640,7 +694,7 @@ class _Attention(torch.autograd.Function):
             if drows is not None:
                 drows[:, block.far] += dkeys[:, size:]
         drows = None if drows is None else drows.to(rows.dtype)
-        return dq, dwindow.to(window.dtype), drows, dsink.to(sink.dtype), None, None, None
+        return (dq, dwindow.to(window.dtype), drows, dsink.to(sink.dtype), *[None] * 5)
 
 
 def _with_sink(window: Tensor, rows: Tensor | None, block: _Block) -> Tensor:

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from . import _native, native, reference
 from .reference import Matrices
+from .rows import Rows, dense
 
 STREAMS = 4
+CHUNK = 32  # rows that a task of the library takes
 KERNELS = (  # what is here and in the table
-    "hc_read", "hc_expand", "sinkhorn", "compress", "norm_rope", "rope", "routed_experts",
+    "hc_read", "hc_expand", "hc_head", "sinkhorn", "compress", "rms_norm", "norm_rope", "rope",
+    "swiglu", "routed_experts", "attention", "cross_entropy",
 )  # fmt: skip
 TYPES = (torch.bfloat16, torch.float32)
 
@@ -42,6 +45,21 @@ def hc_read(
     )
     _, post, comb = reference.hc_gates(logits, scale, base, eps)
     return x, post, comb
+
+
+def hc_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.hc_head``."""
+    trained = streams.requires_grad and dtype == streams.dtype and streams.shape[-2] == STREAMS
+    if not trained or not _native_takes(streams):
+        return native.hc_head(streams, fn, scale, base, eps, norm_eps, dtype)
+    x: Tensor
+    x, _ = _Read.apply(  # type: ignore[no-untyped-call]
+        streams, fn, scale[0], base, eps, norm_eps
+    )
+    return x
 
 
 def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -72,6 +90,43 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     return out
 
 
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """See ``reference.rms_norm``."""
+    trained = x.requires_grad or (weight is not None and weight.requires_grad)
+    if weight is None or not trained or not _native_takes(x):
+        return native.rms_norm(x, weight, eps)
+    out: Tensor = _Norm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attention(
+    q: Tensor, window: Tensor, rows: Rows | None, chosen: Tensor | None, sink: Tensor, *,
+    start: int, ratio: int, width: int, scale: float, dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.attention``."""
+    if not q.requires_grad or not _native_takes(q) or q.dtype != dtype:
+        return native.attention(
+            q, window, rows, chosen, sink, start=start, ratio=ratio, width=width, scale=scale,
+            dtype=dtype,
+        )
+    rows = None if rows is None else dense(rows)
+    blocks = reference.query_blocks(q, window, rows, chosen, start, ratio, width)
+    out: Tensor = reference.TrainedAttention.apply(  # type: ignore[no-untyped-call]
+        q, window, rows, sink, list(blocks), scale, dtype, _weigh, _weigh_back
+    )
+    return out
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """See ``reference.cross_entropy``."""
+    if x.dtype not in TYPES or x.device.type != "cpu":
+        return reference.cross_entropy(x, weight, targets)
+    losses: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x, weight, targets, max(16, 4 * reference.LOGITS_AT_ONCE // weight.shape[0])
+    )
+    return losses
+
+
 def norm_rope(x: Tensor, rotation: Tensor, eps: float) -> Tensor:
     """See ``reference.norm_rope``."""
     if not x.requires_grad or not _turns(x, rotation.unsqueeze(-3)):
@@ -93,6 +148,14 @@ def _turns(x: Tensor, rotation: Tensor) -> bool:
     ``[T, 1, W, 2]``; the vectors of the rotation are whole."""
     fits = rotation.shape[:-2] == (x.shape[1:2] if x.dim() == 3 else (x.shape[1], 1))
     return fits and rotation.shape[-2] % 8 == 0 and _native_takes(x)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = None) -> Tensor:
+    """See ``reference.swiglu``."""
+    if not gate.requires_grad or not _native_takes(gate, up) or dtype not in (None, gate.dtype):
+        return native.swiglu(gate, up, limit, dtype)
+    act: Tensor = _SwiGLU.apply(gate, up, limit)  # type: ignore[no-untyped-call]
+    return act
 
 
 def routed_experts(
@@ -157,6 +220,107 @@ def _heads(x: Tensor, rotation: Tensor) -> tuple[bool, int, int, int, int, int, 
     )  # fmt: skip
 
 
+class _Norm(torch.autograd.Function):
+    """RMSNorm with a learned weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, eps):  # type: ignore[no-untyped-def]
+        x, typed, out = x.contiguous(), weight.float().contiguous(), torch.empty_like(x)
+        _native.train_norm(
+            *_at(x), *_rows(x), typed.data_ptr(), eps, out.data_ptr(), torch.get_num_threads()
+        )
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        dx, grad, typed = torch.empty_like(x), grad.contiguous(), weight.float().contiguous()
+        rows, d = _rows(x)
+        dweights = torch.zeros(-(-rows // CHUNK), d)
+        _native.train_norm_back(
+            x.data_ptr(), grad.data_ptr(), _bf16(x), rows, d, typed.data_ptr(), ctx.eps,
+            dx.data_ptr(), dweights.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, dweights.sum(0).to(weight.dtype), None
+
+
+def _weigh(
+    q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float
+) -> Tensor:
+    """See ``reference.attention_weights``."""
+    b, n, h, _ = q.shape
+    scores = torch.baddbmm(
+        q.new_zeros(1), q.flatten(1, 2), keys.transpose(1, 2), beta=0, alpha=scale
+    )
+    mask, step = 0, 0
+    if hidden is not None:
+        hidden = F.pad(hidden, (1, 0))  # the sink's place
+        mask, step = hidden.data_ptr(), n * hidden.shape[-1] if hidden.dim() == 3 else 0
+    sink = sink.float().contiguous()
+    _native.train_weigh(
+        scores.data_ptr(), _bf16(q), b, n, h, scores.shape[-1], mask, step, sink.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def _weigh_back(
+    p: Tensor, g: Tensor, keys: Tensor, out: Tensor, scale: float, heads: int
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.score_gradient``."""
+    g, out = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (g, out))
+    ds = torch.bmm(g, keys.transpose(1, 2))
+    batches, rows, width = ds.shape
+    dots, dsinks = torch.empty(batches, rows), torch.empty(batches * rows // heads, heads)
+    threads = torch.get_num_threads()
+    _native.train_row_dots(
+        g.data_ptr(), out.data_ptr(), _bf16(g), batches, rows, g.stride(0), out.stride(0),
+        g.shape[2], dots.data_ptr(), threads,
+    )
+    _native.train_weigh_back(
+        ds.data_ptr(), p.data_ptr(), _bf16(ds), batches * rows, width, dots.data_ptr(), scale,
+        dsinks.data_ptr(), threads,
+    )
+    return ds, dsinks.sum(0)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The reference's, on logits as the matrix product leaves them."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, targets, rows):  # type: ignore[no-untyped-def]
+        typed, total, hit = weight.to(x.dtype), torch.empty(len(x)), torch.empty(len(x))
+        for at in range(0, len(x), rows):
+            part = slice(at, at + rows)
+            logits = F.linear(x[part], typed)
+            _native.train_log_sums(
+                logits.data_ptr(), _bf16(x), len(logits), logits.shape[1], total[part].data_ptr(),
+                torch.get_num_threads(),
+            )  # fmt: skip
+            hit[part] = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1).float()
+        ctx.save_for_backward(x, weight, targets, total)
+        ctx.rows = rows
+        return total - hit
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        x, weight, targets, total = ctx.saved_tensors
+        typed, dx, grad = weight.to(x.dtype), torch.empty_like(x), grad.float().contiguous()
+        dweight = torch.zeros(weight.shape)
+        for at in range(0, len(x), ctx.rows):
+            part = slice(at, at + ctx.rows)
+            logits, wanted = F.linear(x[part], typed), targets[part].contiguous()
+            _native.train_shares(
+                logits.data_ptr(), _bf16(x), len(logits), logits.shape[1], total[part].data_ptr(),
+                wanted.data_ptr(), grad[part].data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            torch.mm(logits, typed, out=dx[part])
+            dweight += logits.T @ x[part]
+        return dx, dweight.to(weight.dtype), None, None
+
+
 class _NormRope(torch.autograd.Function):
     """The heads of a query: normalised, then turned."""
 
@@ -206,6 +370,36 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
         (rotation,) = ctx.saved_tensors
         return _Rope.turned(grad, rotation, not ctx.inverse), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The shared expert's, where every row counts once."""
+
+    @staticmethod
+    def forward(ctx: Any, gate, up, limit):  # type: ignore[no-untyped-def]
+        gate, up = gate.contiguous(), up.contiguous()
+        act, (rows, width) = torch.empty_like(gate), _rows(gate)
+        ones = torch.ones(rows)
+        _native.train_swiglu(
+            gate.data_ptr(), up.data_ptr(), _bf16(gate), rows, width, ones.data_ptr(), limit,
+            act.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(gate, up)
+        ctx.limit = limit
+        return act
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[no-untyped-def]
+        gate, up = ctx.saved_tensors
+        dgate, dup, grad = torch.empty_like(gate), torch.empty_like(up), grad.contiguous()
+        rows, width = _rows(gate)
+        ones, unused = torch.ones(rows), torch.empty(rows)
+        _native.train_swiglu_back(
+            gate.data_ptr(), up.data_ptr(), grad.data_ptr(), _bf16(gate), rows, width,
+            ones.data_ptr(), ctx.limit, dgate.data_ptr(), dup.data_ptr(), unused.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return dgate, dup, None
 
 
 class _Experts(torch.autograd.Function):

@@ -200,13 +200,13 @@ def activation_bytes(
     wide = item < 4  # float32 copies of what is 16 bits wide
 
     def norm(width: float) -> float:
-        return width * (8 if wide else 4) + 4
+        return width * item
 
     site = h * d * item + 4 * (6 * h * h + 2 * h + 1) + norm(d) + 2 * d * item
     rows = c.num_experts_per_tok * (3 * c.moe_intermediate_size + d)
     width = c.n_shared_experts * c.moe_intermediate_size
     routed = rows * item + c.num_experts_per_tok * 32 + c.n_routed_experts * 12 + 4 * d * wide
-    shared = width * (4 * 5 + item)
+    shared = 3 * width * item
     attention = (
         norm(c.q_lora_rank) + c.q_lora_rank * item + norm(c.head_dim) + c.head_dim * item
         + 4 * heads * item + c.o_groups * c.o_lora_rank * item
@@ -227,7 +227,7 @@ def activation_bytes(
             each += pooled(ratio, c.index_head_dim) + 3 * index * item + 8 * c.index_n_heads
         blocks.append(round(each * tokens))
     heads_of = 1 + (c.mtp_layers if mtp else 0)
-    end = 4 * c.vocab_size + h * d * (4 + item) + norm(d) + d * item
+    end = h * d * item + 4 * (2 * h + 6) + norm(d) + d * item
     more = (heads_of - 1) * (norm(h * d) + norm(d) + (h + 1) * d * item)
     plain = replace(c, expert_dtype="bf16", quantization_config=None)
     copies = [0] * len(blocks)
@@ -239,7 +239,7 @@ def activation_bytes(
             number = int(part[1]) + (c.num_hidden_layers if part[0] == "mtp" else 0)
             if number < len(blocks):
                 copies[number] += spec.elements * item
-    ends = round((heads_of * end + more) * tokens) + wide * heads_of * c.vocab_size * d * item
+    ends = round((heads_of * end + more) * tokens)
     return ActivationBytes(tuple(blocks), h * d * item * tokens, ends, tuple(copies))
 
 

@@ -44,6 +44,7 @@ from .spikes import SpikeWatch
 from .watch import Averages, GroupRMS, Show, probe, rounded
 
 RELEASE_EVERY = 32_768  # tokens; samples of many lengths scatter freed memory over ever more pages
+KEPT = 2_000_000_000  # bytes of freed memory that the next step finds: it need not be mapped again
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -65,6 +66,7 @@ class Run:
 
     def _prepare(self) -> None:
         r = self.recipe
+        memory.reuse(KEPT)
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.config = r.config()

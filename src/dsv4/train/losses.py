@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TrainingError
@@ -218,12 +217,11 @@ def _token_loss(
     targets: Tensor,
     run: Pass,
     weights: Tensor,
-    head: Callable[[Tensor, Pass], Tensor],
+    head: Callable[[Tensor, Pass, Tensor], Tensor],
 ) -> Tensor:
     """Mean cross-entropy of the tokens ``targets``, predicted by the rows ``at`` of ``streams``,
     weighted; 0 of none. Only their logits are computed."""
-    logits = head(streams.flatten(0, 1)[at], run)
-    each = F.cross_entropy(logits, run.ids.flatten()[targets], reduction="none")
+    each = head(streams.flatten(0, 1).index_select(0, at), run, run.ids.flatten()[targets])
     w = weights[targets].to(each.dtype)
     return (each * w).sum() / w.sum().clamp_min(1.0)
 

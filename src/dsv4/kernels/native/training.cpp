@@ -1,6 +1,8 @@
 // One row, or one pooled entry, of training.h.
 #include "training.h"
 
+#include <vector>
+
 #include "functions.h"
 
 namespace DSV4_ISA {
@@ -9,11 +11,22 @@ namespace {
 constexpr int H = dsv4::STREAMS;
 using dsv4::Pooling;
 
+inline void write(void* row, bool is_bf16, int64_t i, f32x16 x) {
+#if DSV4_PAIRS  // rounds like narrow, but for subnormals, which become zero
+  if (is_bf16) {
+    const __m256bh y = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(static_cast<uint16_t*>(row) + i, &y, sizeof y);
+    return;
+  }
+#endif
+  put(row, is_bf16, i, x);
+}
+
 void collapse(const void* streams, bool is_bf16, int64_t d, const float* pre, void* x) {
   for (int64_t v = 0; v < d; v += LANES) {
     f32x16 total = {};
     for (int i = 0; i < H; i++) total = fma(splat(pre[i]), get(streams, is_bf16, i * d + v), total);
-    put(x, is_bf16, v, total);
+    write(x, is_bf16, v, total);
   }
 }
 
@@ -33,7 +46,7 @@ void collapse_back(const void* streams, const void* dx, bool is_bf16, int64_t d,
     for (int i = 0; i < H; i++) {
       f32x16 more = get(dstreams, is_bf16, i * d + v);
       more = fma(splat(factor), get(streams, is_bf16, i * d + v), more);
-      put(dstreams, is_bf16, i * d + v, fma(splat(pre[i]), g, more));
+      write(dstreams, is_bf16, i * d + v, fma(splat(pre[i]), g, more));
     }
   }
 }
@@ -55,7 +68,7 @@ void expand(const void* out, const void* streams, bool is_bf16, int64_t d, const
     for (int j = 0; j < H; j++) {
       f32x16 x = splat(post[j]) * o;
       for (int i = 0; i < H; i++) x = fma(splat(comb[H * i + j]), s[i], x);
-      put(fresh, is_bf16, j * d + v, x);
+      write(fresh, is_bf16, j * d + v, x);
     }
   }
 }
@@ -71,14 +84,14 @@ void expand_back(const void* grad, const void* out, const void* streams, bool is
       x = fma(splat(post[j]), g[j], x);
       to_post[j] = fma(g[j], o, to_post[j]);
     }
-    put(dout, is_bf16, v, x);
+    write(dout, is_bf16, v, x);
     for (int i = 0; i < H; i++) {
       f32x16 s = get(streams, is_bf16, i * d + v), ds = {};
       for (int j = 0; j < H; j++) {
         ds = fma(splat(comb[H * i + j]), g[j], ds);
         to_comb[i][j] = fma(s, g[j], to_comb[i][j]);
       }
-      put(dstreams, is_bf16, i * d + v, ds);
+      write(dstreams, is_bf16, i * d + v, ds);
     }
   }
   for (int i = 0; i < H; i++) {
@@ -173,7 +186,7 @@ void norm_rope(const void* x, bool is_bf16, int64_t d, const float* turn, int64_
   for (int64_t v = 0; v < d; v += LANES) {
     f32x16 y = get(x, is_bf16, v) * root;
     const int64_t place = v - (d - 2 * width);
-    put(out, is_bf16, v, place < 0 ? y : turned(y, load<f32x16>(turn + place), inverse));
+    write(out, is_bf16, v, place < 0 ? y : turned(y, load<f32x16>(turn + place), inverse));
   }
 }
 
@@ -189,8 +202,143 @@ void norm_rope_back(const void* x, const void* grad, bool is_bf16, int64_t d, co
   for (int64_t v = 0; v < d; v += LANES) dot = fma(back(v), get(x, is_bf16, v), dot);
   const f32x16 share = splat(-sum(dot) * root * root / (float)d);
   for (int64_t v = 0; v < d; v += LANES) {
-    put(dx, is_bf16, v, fma(share, get(x, is_bf16, v), back(v)) * root);
+    write(dx, is_bf16, v, fma(share, get(x, is_bf16, v), back(v)) * root);
   }
+}
+
+void norm(const void* x, bool is_bf16, int64_t d, const float* weight, float eps, void* y) {
+  const float root = root_of(x, is_bf16, d, eps);
+  for (int64_t v = 0; v < d; v += LANES) {
+    write(y, is_bf16, v, get(x, is_bf16, v) * root * load<f32x16>(weight + v));
+  }
+}
+
+void norm_back(const void* x, const void* grad, bool is_bf16, int64_t d, const float* weight,
+               float eps, void* dx, float* dweight) {
+  const float root = root_of(x, is_bf16, d, eps);
+  f32x16 dot = {};
+  for (int64_t v = 0; v < d; v += LANES) {
+    const f32x16 g = get(grad, is_bf16, v), a = get(x, is_bf16, v);
+    dot = fma(g * load<f32x16>(weight + v), a, dot);
+    store(dweight + v, fma(g, a * root, load<f32x16>(dweight + v)));
+  }
+  const f32x16 share = splat(-sum(dot) * root * root / (float)d);
+  for (int64_t v = 0; v < d; v += LANES) {
+    const f32x16 g = get(grad, is_bf16, v) * load<f32x16>(weight + v);
+    write(dx, is_bf16, v, fma(share, get(x, is_bf16, v), g) * root);
+  }
+}
+
+float dot(const void* a, const void* b, bool is_bf16, int64_t d) {
+  f32x16 total = {};
+  for (int64_t v = 0; v < d; v += LANES) total = fma(get(a, is_bf16, v), get(b, is_bf16, v), total);
+  return sum(total);
+}
+
+// Numbers of any count: what is left of the last vector is zero, and not written.
+struct Ragged {
+  const int64_t count;
+
+  template <class F>
+  void each(F f) const {
+    for (int64_t v = 0; v < count; v += LANES) f(v, count - v < LANES ? count - v : LANES);
+  }
+  static f32x16 read(const void* x, bool is_bf16, int64_t v, int64_t n) {
+    if (n == LANES) return get(x, is_bf16, v);
+    f32x16 some = {};
+    for (int64_t i = 0; i < n; i++) {
+      some[i] = is_bf16 ? widen(static_cast<const uint16_t*>(x)[v + i])
+                        : static_cast<const float*>(x)[v + i];
+    }
+    return some;
+  }
+  static void set(void* x, bool is_bf16, int64_t v, int64_t n, f32x16 y) {
+    if (n == LANES) return write(x, is_bf16, v, y);
+    for (int64_t i = 0; i < n; i++) {
+      if (is_bf16) {
+        static_cast<uint16_t*>(x)[v + i] = narrow(y[i]);
+      } else {
+        static_cast<float*>(x)[v + i] = y[i];
+      }
+    }
+  }
+};
+
+void weigh(void* scores, bool is_bf16, int64_t keys, const uint8_t* hidden, float sink) {
+  FlushSubnormals flush;
+  constexpr float LOWEST = -3e38f;
+  static thread_local std::vector<float> kept;
+  kept.resize(keys + LANES);
+  float* e = kept.data();
+  const Ragged all{keys};
+  f32x16 top = splat(sink);
+  all.each([&](int64_t v, int64_t n) {
+    f32x16 x = Ragged::read(scores, is_bf16, v, n);
+    if (v == 0) x[0] = sink;
+    for (int64_t i = n; i < LANES; i++) x[i] = LOWEST;
+    if (hidden) {
+      typedef uint8_t u8x16 __attribute__((vector_size(16)));
+      u8x16 some = {};
+      if (n == LANES) {
+        some = load<u8x16>(hidden + v);
+      } else {
+        std::memcpy(&some, hidden + v, n);
+      }
+      x = where(__builtin_convertvector(some, i32x16) != 0, splat(LOWEST), x);
+    }
+    top = max(top, x);
+    store(e + v, x);
+  });
+  const f32x16 most = splat(largest(top));
+  f32x16 total = {};
+  all.each([&](int64_t v, int64_t) {
+    const f32x16 x = exp(load<f32x16>(e + v) - most);
+    total = total + x;
+    store(e + v, x);
+  });
+  const f32x16 share = splat(1.0f / sum(total));
+  all.each([&](int64_t v, int64_t n) {
+    Ragged::set(scores, is_bf16, v, n, load<f32x16>(e + v) * share);
+  });
+}
+
+float weigh_back(void* grad, const void* p, bool is_bf16, int64_t keys, float dot, float scale) {
+  FlushSubnormals flush;
+  float dsink = 0;
+  Ragged{keys}.each([&](int64_t v, int64_t n) {
+    const f32x16 g = Ragged::read(grad, is_bf16, v, n) - splat(dot);
+    const f32x16 d = g * Ragged::read(p, is_bf16, v, n);
+    if (v == 0) dsink = d[0];
+    Ragged::set(grad, is_bf16, v, n, d * splat(scale));
+  });
+  return dsink;
+}
+
+float log_sum(const void* x, bool is_bf16, int64_t count) {
+  FlushSubnormals flush;
+  const Ragged all{count};
+  f32x16 top = splat(-3e38f), total = {};
+  all.each([&](int64_t v, int64_t n) {
+    f32x16 a = Ragged::read(x, is_bf16, v, n);
+    for (int64_t i = n; i < LANES; i++) a[i] = -3e38f;
+    top = max(top, a);
+  });
+  const float most = largest(top);
+  all.each([&](int64_t v, int64_t n) {
+    f32x16 a = exp(Ragged::read(x, is_bf16, v, n) - splat(most));
+    for (int64_t i = n; i < LANES; i++) a[i] = 0;
+    total = total + a;
+  });
+  return most + __builtin_logf(sum(total));
+}
+
+void shares(void* x, bool is_bf16, int64_t count, float log_sum, int64_t target, float scale) {
+  FlushSubnormals flush;
+  Ragged{count}.each([&](int64_t v, int64_t n) {
+    f32x16 a = exp(Ragged::read(x, is_bf16, v, n) - splat(log_sum)) * splat(scale);
+    if (target >= v && target < v + n) a[target - v] -= scale;
+    Ragged::set(x, is_bf16, v, n, a);
+  });
 }
 
 struct Gated {
@@ -216,7 +364,7 @@ void swiglu(const void* gate, const void* up, bool is_bf16, int64_t width, float
             float limit, void* act) {
   for (int64_t v = 0; v < width; v += LANES) {
     Gated at(gate, up, is_bf16, v, limit);
-    put(act, is_bf16, v, splat(weight) * at.silu * at.up);
+    write(act, is_bf16, v, splat(weight) * at.silu * at.up);
   }
 }
 
@@ -228,8 +376,8 @@ float swiglu_back(const void* gate, const void* up, const void* grad, bool is_bf
     f32x16 g = get(grad, is_bf16, v);
     dweight = fma(g, at.silu * at.up, dweight);
     g = g * weight;
-    put(dup, is_bf16, v, g * at.silu * at.dup);
-    put(dgate, is_bf16, v, g * at.up * at.dgate);
+    write(dup, is_bf16, v, g * at.silu * at.dup);
+    write(dgate, is_bf16, v, g * at.up * at.dgate);
   }
   return sum(dweight);
 }
@@ -267,7 +415,7 @@ struct Softmax {
 };
 
 void pool(const Pooling& p, int64_t block, void* out) {
-  for (int64_t v = 0; v < p.dim; v += LANES) put(out, p.is_bf16, v, Softmax(p, block, v).value);
+  for (int64_t v = 0; v < p.dim; v += LANES) write(out, p.is_bf16, v, Softmax(p, block, v).value);
 }
 
 void pool_back(const Pooling& p, int64_t block, const void* grad, void* dkv, void* dgate) {
@@ -276,8 +424,8 @@ void pool_back(const Pooling& p, int64_t block, const void* grad, void* dkv, voi
     f32x16 g = get(grad, p.is_bf16, v) / s.total;
     each_row(p, block, [&](int64_t at, int64_t bias) {
       f32x16 share = g * s.weight(at, bias);
-      put(dkv, p.is_bf16, at + v, share);
-      put(dgate, p.is_bf16, at + v, share * (get(p.kv, p.is_bf16, at + v) - s.value));
+      write(dkv, p.is_bf16, at + v, share);
+      write(dgate, p.is_bf16, at + v, share * (get(p.kv, p.is_bf16, at + v) - s.value));
     });
   }
 }
@@ -287,7 +435,9 @@ void pool_back(const Pooling& p, int64_t block, const void* grad, void* dkv, voi
 extern const dsv4::Training training;
 const dsv4::Training training = {collapse,       dots,      collapse_back,  squares,
                                  expand,         expand_back, sinkhorn,     sinkhorn_back,
-                                 norm_rope,      norm_rope_back, swiglu,    swiglu_back,
-                                 pool,           pool_back};
+                                 norm_rope,  norm_rope_back, norm,         norm_back,
+                                 dot,        weigh,     weigh_back,     log_sum,
+                                 shares,     swiglu,    swiglu_back,    pool,
+                                 pool_back};
 
 }  // namespace DSV4_ISA

@@ -46,6 +46,22 @@ struct Training {
                     bool norm, bool inverse, float eps, void* out);
   void (*norm_rope_back)(const void* x, const void* grad, bool is_bf16, int64_t d,
                          const float* turn, int64_t width, float eps, void* dx);
+  // y = x * weight / root mean square of x. `back` adds the weight's gradient to dweight.
+  void (*norm)(const void* x, bool is_bf16, int64_t d, const float* weight, float eps, void* y);
+  void (*norm_back)(const void* x, const void* grad, bool is_bf16, int64_t d, const float* weight,
+                    float eps, void* dx, float* dweight);
+  float (*dot)(const void* a, const void* b, bool is_bf16, int64_t d);
+  // Scores [keys] of one head for one query become weights, in place: key 0 stands for the sink,
+  // whose score is given; a key with hidden[key] gets 0 (hidden null: none does).
+  void (*weigh)(void* scores, bool is_bf16, int64_t keys, const uint8_t* hidden, float sink);
+  // In place, the gradient of the weights p becomes that of the products that `scale` made the
+  // scores of; dot: of the gradient and the weights. Returns the sink's gradient.
+  float (*weigh_back)(void* grad, const void* p, bool is_bf16, int64_t keys, float dot,
+                      float scale);
+  // Of logits: the logarithm of the sum of their exponentials; and, in place, `scale` times the
+  // gradient of log_sum - x[target].
+  float (*log_sum)(const void* x, bool is_bf16, int64_t count);
+  void (*shares)(void* x, bool is_bf16, int64_t count, float log_sum, int64_t target, float scale);
   // act = weight * silu(min(gate, limit)) * clamp(up, -limit, limit); a limit of 0 is none.
   void (*swiglu)(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
                  float limit, void* act);

@@ -136,6 +136,81 @@ void norm_rope_back(uintptr_t x, uintptr_t grad, bool bf16, int64_t rows, int64_
   });
 }
 
+void norm(uintptr_t x, bool bf16, int64_t rows, int64_t d, uintptr_t weight, float eps, uintptr_t y,
+          int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = d * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    t.norm(at(x) + row * r, bf16, d, floats(weight), eps, at(y) + row * r);
+  });
+}
+
+// dweights: for every CHUNK rows, [d], zeros at first.
+void norm_back(uintptr_t x, uintptr_t grad, bool bf16, int64_t rows, int64_t d, uintptr_t weight,
+               float eps, uintptr_t dx, uintptr_t dweights, int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = d * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    t.norm_back(at(x) + row * r, at(grad) + row * r, bf16, d, floats(weight), eps, at(dx) + row * r,
+                floats(dweights) + r / CHUNK * d);
+  });
+}
+
+// b's batches are `stride` numbers apart, a's and the sums lie one after another.
+void row_dots(uintptr_t a, uintptr_t b, bool bf16, int64_t batches, int64_t rows, int64_t stride_a,
+              int64_t stride_b, int64_t d, uintptr_t out, int threads) {
+  const Training& t = *current()->training;
+  const int64_t size = bf16 ? 2 : 4;
+  rows_in_parallel(batches * rows, threads, [&](int64_t r) {
+    const int64_t batch = r / rows, place = r % rows * d;
+    floats(out)[r] = t.dot(at(a) + size * (batch * stride_a + place),
+                           at(b) + size * (batch * stride_b + place), bf16, d);
+  });
+}
+
+// scores: [batches, queries, heads, keys]; hidden: [queries, keys] bytes, the same for all batches
+// if hidden_step is 0, or none at all.
+void weigh(uintptr_t scores, bool bf16, int64_t batches, int64_t queries, int64_t heads,
+           int64_t keys, uintptr_t hidden, int64_t hidden_step, uintptr_t sink, int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = keys * (bf16 ? 2 : 4);
+  rows_in_parallel(batches * queries, threads, [&](int64_t r) {
+    const uint8_t* mask = reinterpret_cast<const uint8_t*>(hidden);
+    if (mask) mask += r / queries * hidden_step + r % queries * keys;
+    for (int64_t h = 0; h < heads; h++) {
+      t.weigh(at(scores) + (r * heads + h) * row, bf16, keys, mask, floats(sink)[h]);
+    }
+  });
+}
+
+// dsinks: for each row.
+void weigh_back(uintptr_t grad, uintptr_t p, bool bf16, int64_t rows, int64_t keys, uintptr_t dots,
+                float scale, uintptr_t dsinks, int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = keys * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    floats(dsinks)[r] =
+        t.weigh_back(at(grad) + row * r, at(p) + row * r, bf16, keys, floats(dots)[r], scale);
+  });
+}
+
+void log_sums(uintptr_t x, bool bf16, int64_t rows, int64_t count, uintptr_t out, int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = count * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads,
+                   [&](int64_t r) { floats(out)[r] = t.log_sum(at(x) + row * r, bf16, count); });
+}
+
+void all_shares(uintptr_t x, bool bf16, int64_t rows, int64_t count, uintptr_t sums,
+                uintptr_t targets, uintptr_t scales, int threads) {
+  const Training& t = *current()->training;
+  const int64_t row = count * (bf16 ? 2 : 4);
+  rows_in_parallel(rows, threads, [&](int64_t r) {
+    t.shares(at(x) + row * r, bf16, count, floats(sums)[r],
+             reinterpret_cast<const int64_t*>(targets)[r], floats(scales)[r]);
+  });
+}
+
 void swiglu(uintptr_t gate, uintptr_t up, bool bf16, int64_t rows, int64_t width, uintptr_t weights,
             float limit, uintptr_t act, int threads) {
   const Training& t = *current()->training;
@@ -216,6 +291,13 @@ void add_training(nb::module_& m) {
   m.def("train_sinkhorn_back", sinkhorn_back, free);
   m.def("train_norm_rope", norm_rope, free);
   m.def("train_norm_rope_back", norm_rope_back, free);
+  m.def("train_norm", norm, free);
+  m.def("train_norm_back", norm_back, free);
+  m.def("train_row_dots", row_dots, free);
+  m.def("train_weigh", weigh, free);
+  m.def("train_weigh_back", weigh_back, free);
+  m.def("train_log_sums", log_sums, free);
+  m.def("train_shares", all_shares, free);
   m.def("train_swiglu", swiglu, free);
   m.def("train_swiglu_back", swiglu_back, free);
   m.def("train_pool", pool, free);
