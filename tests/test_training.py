@@ -13,6 +13,7 @@ from torch import nn
 
 import dsv4
 from dsv4 import quant
+from dsv4.errors import TrainingError
 from dsv4.model import TRAIN_QAT, Transformer
 from dsv4.train.loop import Run
 from dsv4.train.optim import FAST, MuonAdamW, OptimSettings, orthogonalize, uses_muon
@@ -62,6 +63,22 @@ def test_the_exported_files_are_the_trained_model(finished: Run) -> None:
     assert (p.exp() * (p - q)).sum(-1).mean() < 1e-2
     gap = (stored.logits(ids) - parent.logits(ids)).abs().max()
     assert 0 < gap < 1
+
+
+def test_a_run_can_start_from_a_checkpoint(finished: Run, tmp_path: Path) -> None:
+    """What it starts from is what was stored, in either format, and its tokenizer."""
+    for format in ("parent", "model"):
+        source = finished.folder / format
+        with Run(replace(TINY, weights=str(source)), tmp_path / format) as run:
+            ids = run.tokenizer.encode("What is 12 + 30?")
+            assert ids == finished.tokenizer.encode("What is 12 + 30?")
+            with torch.no_grad():
+                logits = run.net(torch.tensor([ids]))[0]
+            stored = dsv4.load(source, numerics="float32").logits(ids)
+            torch.testing.assert_close(logits, stored, atol=1e-4, rtol=1e-4)
+    other = replace(TINY, weights=str(source), model=TINY.model | {"n_routed_experts": 8})
+    with pytest.raises(TrainingError, match="n_routed_experts 8"):
+        Run(other, tmp_path / "other")
 
 
 def test_fake_quantised_weights_are_the_stored_ones() -> None:

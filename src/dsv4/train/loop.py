@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from .. import quant
-from ..checkpoint import inventory, save_checkpoint
+from ..api import find_model
+from ..checkpoint import Checkpoint, inventory, save_checkpoint
 from ..config import V4Config
 from ..engine import memory
 from ..errors import TrainingError
@@ -73,6 +74,8 @@ class Run:
         self.tokenizer = self._tokenizer()
         self.net = Transformer(self.config)
         self.net.init_weights(r.seed, r.init_std or None)
+        if r.weights:
+            start_from(self.net, r.weights)
         for name, p in self.net.named_parameters():
             if any(part in name for part in r.frozen):
                 p.requires_grad_(False)
@@ -113,9 +116,13 @@ class Run:
         folder, fresh = self.folder / "tokenizer", self.folder / ".tokenizer.new"
         if self.ranks.first and not folder.exists():
             r = self.recipe
-            corpus = corpus_for_tokenizer(r.seed, r.vocab_documents)
             shutil.rmtree(fresh, ignore_errors=True)
-            Tokenizer.train(corpus, self.config.vocab_size, progress=False).save(fresh)
+            if r.weights:
+                tokenizer = Tokenizer.load(find_model(r.weights))
+            else:
+                corpus = corpus_for_tokenizer(r.seed, r.vocab_documents)
+                tokenizer = Tokenizer.train(corpus, self.config.vocab_size, progress=False)
+            tokenizer.save(fresh)
             fresh.rename(folder)
         self.ranks.wait()
         return Tokenizer.load(folder)
@@ -483,6 +490,32 @@ class Run:
             self.checkpoints.load(self.step, whole, alone=True)
         export(net, self.folder / "parent", _float_config(self.config), self.tokenizer)
         export(net, self.folder / "model", self.config, self.tokenizer)
+
+
+@torch.no_grad()
+def start_from(net: Transformer, model: str | Path) -> None:
+    """Give a model that has float masters the weights of a checkpoint: a folder, or a shipped
+    model's name. TrainingError when it has another shape; how it is stored does not matter."""
+    stored = Checkpoint.open(find_model(model))
+
+    def shape(config: V4Config) -> dict[str, Any]:
+        storage = ("expert_dtype", "quantization_config", "torch_dtype")
+        return {k: v for k, v in config.to_dict().items() if k not in storage}
+
+    ours, theirs = shape(net.config), shape(stored.config)
+    differ = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+    if differ:
+        raise TrainingError(
+            f"{model} is not of this recipe's shape",
+            expected=", ".join(f"{k} {ours.get(k)}" for k in differ),
+            got=", ".join(f"{k} {theirs.get(k)}" for k in differ),
+            hint="change preset and [model], or leave out weights",
+        )
+    for name, parameter in net.named_parameters():
+        scale = name.removesuffix("weight") + "scale"
+        weight = stored.tensor(name)
+        scales = stored.tensor(scale) if scale in stored.specs else None
+        parameter.copy_(quant.dequantize(weight, scales) if weight.dtype != torch.int64 else weight)
 
 
 def _float_config(config: V4Config) -> V4Config:

@@ -80,6 +80,7 @@ class Recipe:
 
     preset: str = "nano"
     model: dict[str, Any] = field(default_factory=dict)  # config keys that differ from the preset
+    weights: str = ""  # a checkpoint's folder, or a shipped model's name: where training starts
     seed: int = 0
     vocab_documents: int = 20000  # from which the tokenizer is made
     init_std: float = 0.0  # of the first weights; 0: by fan-in, which suits small models
