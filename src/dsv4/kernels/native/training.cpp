@@ -23,6 +23,7 @@ inline void write(void* row, bool is_bf16, int64_t i, f32x16 x) {
 }
 
 void collapse(const void* streams, bool is_bf16, int64_t d, const float* pre, void* x) {
+  FlushSubnormals flush;
   for (int64_t v = 0; v < d; v += LANES) {
     f32x16 total = {};
     for (int i = 0; i < H; i++) total = fma(splat(pre[i]), get(streams, is_bf16, i * d + v), total);
@@ -41,6 +42,7 @@ void dots(const void* streams, const void* dx, bool is_bf16, int64_t d, float* d
 
 void collapse_back(const void* streams, const void* dx, bool is_bf16, int64_t d, const float* pre,
                    float factor, void* dstreams) {
+  FlushSubnormals flush;
   for (int64_t v = 0; v < d; v += LANES) {
     f32x16 g = get(dx, is_bf16, v);
     for (int i = 0; i < H; i++) {
@@ -62,6 +64,7 @@ float squares(const void* streams, bool is_bf16, int64_t d) {
 
 void expand(const void* out, const void* streams, bool is_bf16, int64_t d, const float* post,
             const float* comb, void* fresh) {
+  FlushSubnormals flush;
   for (int64_t v = 0; v < d; v += LANES) {
     f32x16 o = get(out, is_bf16, v), s[H];
     for (int i = 0; i < H; i++) s[i] = get(streams, is_bf16, i * d + v);
@@ -76,6 +79,7 @@ void expand(const void* out, const void* streams, bool is_bf16, int64_t d, const
 void expand_back(const void* grad, const void* out, const void* streams, bool is_bf16, int64_t d,
                  const float* post, const float* comb, void* dout, void* dstreams, float* dpost,
                  float* dcomb) {
+  FlushSubnormals flush;
   f32x16 to_post[H] = {}, to_comb[H][H] = {};
   for (int64_t v = 0; v < d; v += LANES) {
     f32x16 o = get(out, is_bf16, v), g[H], x = {};
@@ -192,6 +196,7 @@ void norm_rope(const void* x, bool is_bf16, int64_t d, const float* turn, int64_
 
 void norm_rope_back(const void* x, const void* grad, bool is_bf16, int64_t d, const float* turn,
                     int64_t width, float eps, void* dx) {
+  FlushSubnormals flush;
   const float root = root_of(x, is_bf16, d, eps);
   auto back = [&](int64_t v) {
     f32x16 g = get(grad, is_bf16, v);
@@ -207,6 +212,7 @@ void norm_rope_back(const void* x, const void* grad, bool is_bf16, int64_t d, co
 }
 
 void norm(const void* x, bool is_bf16, int64_t d, const float* weight, float eps, void* y) {
+  FlushSubnormals flush;
   const float root = root_of(x, is_bf16, d, eps);
   for (int64_t v = 0; v < d; v += LANES) {
     write(y, is_bf16, v, get(x, is_bf16, v) * root * load<f32x16>(weight + v));
@@ -215,6 +221,7 @@ void norm(const void* x, bool is_bf16, int64_t d, const float* weight, float eps
 
 void norm_back(const void* x, const void* grad, bool is_bf16, int64_t d, const float* weight,
                float eps, void* dx, float* dweight) {
+  FlushSubnormals flush;
   const float root = root_of(x, is_bf16, d, eps);
   f32x16 dot = {};
   for (int64_t v = 0; v < d; v += LANES) {
@@ -362,6 +369,7 @@ struct Gated {
 
 void swiglu(const void* gate, const void* up, bool is_bf16, int64_t width, float weight,
             float limit, void* act) {
+  FlushSubnormals flush;
   for (int64_t v = 0; v < width; v += LANES) {
     Gated at(gate, up, is_bf16, v, limit);
     write(act, is_bf16, v, splat(weight) * at.silu * at.up);
@@ -370,6 +378,7 @@ void swiglu(const void* gate, const void* up, bool is_bf16, int64_t width, float
 
 float swiglu_back(const void* gate, const void* up, const void* grad, bool is_bf16, int64_t width,
                   float weight, float limit, void* dgate, void* dup) {
+  FlushSubnormals flush;
   f32x16 dweight = {};
   for (int64_t v = 0; v < width; v += LANES) {
     Gated at(gate, up, is_bf16, v, limit);
@@ -419,6 +428,7 @@ void pool(const Pooling& p, int64_t block, void* out) {
 }
 
 void pool_back(const Pooling& p, int64_t block, const void* grad, void* dkv, void* dgate) {
+  FlushSubnormals flush;
   for (int64_t v = 0; v < p.dim; v += LANES) {
     Softmax s(p, block, v);
     f32x16 g = get(grad, p.is_bf16, v) / s.total;
