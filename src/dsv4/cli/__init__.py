@@ -7,6 +7,7 @@ with 130.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from ..errors import DSV4Error
@@ -38,6 +39,9 @@ __all__ = [
 
 def main() -> None:
     """Entry point of the ``dsv4`` command."""
+    # Before torch comes: its threads wait for each other some microseconds awake, then asleep. Awake
+    # for milliseconds, as they would be, they take the cores from whoever they are waiting for.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app()
     except DSV4Error as e:
