@@ -39,8 +39,8 @@ __all__ = [
 
 def main() -> None:
     """Entry point of the ``dsv4`` command."""
-    # Before torch comes: its threads wait for each other some microseconds awake, then asleep. Awake
-    # for milliseconds, as they would be, they take the cores from whoever they are waiting for.
+    # Before torch comes: its threads then wait for each other some microseconds awake, else asleep.
+    # Awake for milliseconds, as by default, they take the cores from those they are waiting for.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         app()
