@@ -20,6 +20,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from dsv4.errors import ConfigError
@@ -215,6 +216,34 @@ def test_a_server_for_other_machines_never_opens() -> None:
         keys.check_exposure("0.0.0.0", "sesame")
         keys.create("a")
         keys.check_exposure("0.0.0.0")
+
+
+OPEN = {
+    "HEAD /", "GET /", "GET /web/about", "GET /health", "GET /ready", "GET /openapi.json",
+}  # fmt: skip
+
+
+def test_with_a_key_every_other_route_asks_for_it_before_it_reads_anything() -> None:
+    app = create_app(ScriptedBackend([]), api_key="sesame")
+
+    def routes(found: Any) -> Iterator[tuple[str, str]]:
+        for route in found:
+            inner = getattr(route, "original_router", None)
+            yield from routes(inner.routes if inner else ())
+            for method in getattr(route, "methods", None) or ():
+                yield method, route.path
+
+    answered = set()
+    count = 0
+    with TestClient(app) as client:
+        for method, path in routes(app.routes):
+            count += 1
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "no"}):
+                url = path.replace("{name:path}", "x")
+                answer = client.request(method, url, headers=headers, content=b"{")
+                if answer.status_code != 401:
+                    answered.add(f"{method} {path}")
+    assert answered == OPEN and count > 45
 
 
 def test_a_page_of_another_site_gets_nothing(site: Site) -> None:
