@@ -21,10 +21,12 @@ import openai
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from live_server import OFF, Server
 from prometheus_client.parser import text_string_to_metric_families
+from scripted_models import ScriptedModel, small_tokenizer
 
 from dsv4.errors import ConfigError
-from dsv4.server import create_app, gate, listen
+from dsv4.server import LocalBackend, create_app, gate, listen
 from dsv4.server.accounts import Keys
 from dsv4.server.app import Operations
 from dsv4.server.backend import ChatRequest, ContentDelta, Finish, ScriptedBackend, Usage
@@ -275,6 +277,27 @@ def test_every_answer_is_in_the_books_with_its_cache_hits(site: Site) -> None:
     assert flash.cost == COST == 15_120_000
     assert pro.cost == 40 * 145_000 + 60 * 1_740_000 + 20 * 3_480_000
     assert (flash.open, pro.open) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_of_several_answers_is_paid_for_once(
+    lines: list[dict[str, Any]], stream: bool
+) -> None:
+    """What the answer says was used, the books and the log agree."""
+    model = ScriptedModel(small_tokenizer())
+    model.script = "Paris for 3 days"
+    with Database(MEMORY) as database, Server(LocalBackend(model), database=database) as server:
+        body = {"messages": [{"role": "user", "content": "weather " * 40}], "n": 3, **OFF}
+        said = server.chunks(body)[-1]["usage"] if stream else server.post(body).json()["usage"]
+        (row,) = usage(database, ())
+        (line,) = logged(lines)
+        assert check(database) == []
+    used = [0, said["prompt_tokens"], said["completion_tokens"]]
+    assert used[1] > 40 and used[2] % 3 == 0
+    assert [said["prompt_cache_hit_tokens"], said["prompt_cache_miss_tokens"]] == used[:2]
+    assert [row.hit_tokens, row.miss_tokens, row.output_tokens, row.requests] == [*used, 1]
+    assert [line[f"{kind}_tokens"] for kind in ("hit", "miss", "output")] == used
+    assert picodollars(line["cost_usd"]) == row.cost == used[1] * 140_000 + used[2] * 280_000
 
 
 def test_an_answer_is_in_the_books_before_its_end_is_seen() -> None:

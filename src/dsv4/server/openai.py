@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -367,13 +367,11 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 
 def total(usages: Sequence[Usage]) -> Usage:
-    """Of several answers to one prompt, which is counted once."""
-    return Usage(
-        max(u.prompt_tokens for u in usages),
-        sum(u.completion_tokens for u in usages),
-        max(u.cached_tokens for u in usages),
-        sum(u.reasoning_tokens for u in usages),
-        max(usages, key=lambda u: u.cached_tokens).reuse,
+    """Of several answers to one prompt, which is counted once: as the first of them found it."""
+    return replace(
+        usages[0],
+        completion_tokens=sum(u.completion_tokens for u in usages),
+        reasoning_tokens=sum(u.reasoning_tokens for u in usages),
     )
 
 
@@ -447,7 +445,7 @@ class ChatCompletion:
         if self._thinking:
             first |= {"content": None, "reasoning_content": ""}
         opened: set[int] = set()
-        usages: list[Usage] = []
+        usages: dict[int, Usage] = {}
         async for number, event in events:
             if number not in opened:
                 opened.add(number)
@@ -466,8 +464,8 @@ class ChatCompletion:
                 yield self._chunk(number, {"tool_calls": [start]})
                 yield self._chunk(number, {"tool_calls": [rest]})
             elif isinstance(event, Finish):
-                usages.append(event.usage)
-                last = usage_body(total(usages)) if len(usages) == self._n else None
+                usages[number] = event.usage
+                last = _last(usages) if len(usages) == self._n else None
                 yield self._chunk(number, {}, finish=event.reason, usage=last)
         yield DONE
 
@@ -516,7 +514,7 @@ class TextCompletion:
     async def stream(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
         """Server-sent events of ``text_completion`` objects, then ``[DONE]``."""
         lengths = [0] * self._n
-        usages: list[Usage] = []
+        usages: dict[int, Usage] = {}
         for number in range(self._n) if self._echo else ():
             lengths[number] = len(self._echo)
             yield self._chunk(self._choice(number, self._echo, (), 0, None))
@@ -526,8 +524,8 @@ class TextCompletion:
                 lengths[number] += len(event.text)
                 yield self._chunk(choice)
             elif isinstance(event, Finish):
-                usages.append(event.usage)
-                last = usage_body(total(usages)) if len(usages) == self._n else None
+                usages[number] = event.usage
+                last = _last(usages) if len(usages) == self._n else None
                 yield self._chunk(self._choice(number, "", (), lengths[number], event.reason), last)
         yield DONE
 
@@ -571,6 +569,10 @@ def _head(model: ModelInfo) -> dict[str, Any]:
 def _call(call: ToolCall, arguments: str) -> dict[str, Any]:
     function = {"name": call.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
+
+
+def _last(usages: Mapping[int, Usage]) -> dict[str, Any]:
+    return usage_body(total([usages[number] for number in sorted(usages)]))
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
