@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -173,6 +176,65 @@ def test_a_strict_call_as_the_model_would_write_it_is_left_alone(
         "note": None,
     }
     assert parse_completion(block, "chat", tools=[STRICT])["tool_calls"]
+
+
+LINK = {
+    "type": "object",
+    "properties": {
+        "v": {"type": "integer", "maximum": 9, "minimum": 0},
+        "next": {"anyOf": [{"$ref": "#/$def/link"}, {"type": "null"}]},
+    },
+    "required": ["v", "next"],
+    "additionalProperties": False,
+}
+PROMISED: dict[str, tuple[dict[str, Any], Callable[[Any], object]]] = {
+    "pattern": ({"type": "string", "pattern": "^[a-c]{2}$"}, lambda v: re.fullmatch("[a-c]{2}", v)),
+    "email": ({"type": "string", "format": "email"}, lambda v: re.fullmatch(r"\S+@\S+", v)),
+    "hostname": ({"type": "string", "format": "hostname"}, lambda v: re.fullmatch(r"[\w.-]+", v)),
+    "ipv4": ({"type": "string", "format": "ipv4"}, ipaddress.IPv4Address),
+    "ipv6": ({"type": "string", "format": "ipv6"}, ipaddress.IPv6Address),
+    "uuid": ({"type": "string", "format": "uuid"}, uuid.UUID),
+    "const": ({"type": "integer", "const": 17}, lambda v: v == 17),
+    "default": ({"type": "boolean", "default": True}, lambda v: isinstance(v, bool)),
+    "range": ({"type": "integer", "minimum": 3, "maximum": 5}, lambda v: 3 <= v <= 5),
+    "exclusive": ({"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 5},
+                  lambda v: v == 4),
+    "multipleOf": ({"type": "integer", "multipleOf": 50, "minimum": 0, "maximum": 500},
+                   lambda v: v % 50 == 0),
+    "array": ({"type": "array", "items": {"enum": ["x", "y"]}}, lambda v: set(v) <= {"x", "y"}),
+    "enum": ({"enum": [1, "two", None]}, lambda v: v in (1, "two", None)),
+    "anyOf": ({"anyOf": [{"type": "null"}, {"type": "boolean"}]},
+              lambda v: v is None or isinstance(v, bool)),
+    "$def": ({"$ref": "#/$def/link"}, lambda v: v.keys() == {"v", "next"} and 0 <= v["v"] <= 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keyword", PROMISED)
+def test_what_the_hosted_service_promises_of_strict_tools_holds(
+    scripted: Callable[..., Server], keyword: str
+) -> None:
+    """Every keyword that it documents, its own spelling ``$def`` and recursion among them."""
+    value, fits = PROMISED[keyword]
+    parameters = {
+        "type": "object", "properties": {"it": value}, "required": ["it"],
+        "additionalProperties": False, "$def": {"link": LINK},
+    }  # fmt: skip
+    tool = {"type": "function", "function": {
+        "name": "f", "strict": True, "parameters": parameters,
+    }}  # fmt: skip
+    server = scripted(f"\n\n<{DSML}no")
+    whole = 0
+    for seed in range(12):
+        said = choice(server, tools=[tool], seed=seed, max_tokens=300, **OFF)
+        if said["finish_reason"] == "length":  # chosen at random, a value may have no end
+            continue
+        (call,) = said["message"]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments.keys() == {"it"} and fits(arguments["it"]), (keyword, arguments)
+        whole += 1
+        if whole == 2:
+            return
+    assert whole, keyword
 
 
 def test_ordinary_schemas_that_no_grammar_knows_are_no_reason_to_refuse(tiny: Server) -> None:

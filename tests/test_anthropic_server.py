@@ -189,6 +189,7 @@ def test_silence_is_filled_with_pings(scripted_server: tuple[Server, ScriptedMod
         (b"{", 400, "Failed to parse the request body as JSON"),
         ({"messages": []}, 400, "Empty input messages"),
         ({"messages": HELLO, "max_tokens": None}, 400, "max_tokens"),
+        ({"messages": [{"role": "user"}]}, 400, "messages[0]: missing field `content`"),
         ({"messages": [{"role": "robot", "content": ""}]}, 400, "unknown variant `robot`"),
         ({"messages": HELLO, "temperature": 3}, 400, "range of temperature is [0, 2]"),
         ({"messages": HELLO, "model": "deepseek-chat"}, 400, "you passed deepseek-chat."),
@@ -218,6 +219,11 @@ def test_failures_and_keys_are_the_clients_own_errors() -> None:
             ask(bad)
         with anthropic.Anthropic(base_url=server.url, api_key=None, auth_token="sesame") as both:
             assert both.models.list().data[0].id == "scripted"
+
+
+def test_content_that_is_null_is_empty(say: Callable[..., anthropic.Anthropic]) -> None:
+    history = [*HELLO, {"role": "assistant", "content": None}, *HELLO]
+    assert ask(say("Yes."), messages=history, thinking=OFF).content[0].text == "Yes."
 
 
 def test_every_base_url_answers(scripted_server: tuple[Server, ScriptedModel]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from agents import connect
 from live_server import HELLO, Server
 
 from dsv4.server import fields
+from dsv4.server.anthropic import envelope
 from dsv4.server.backend import ContentDelta, Finish, ScriptedBackend, Usage
+from dsv4.server.wire import ApiError
 
 ROOT = Path(__file__).parents[1]
 BODIES: dict[str, dict[str, Any]] = {
@@ -43,6 +46,17 @@ def test_the_tables_of_the_documentation_are_current() -> None:
     assert written.strip() == fields.markdown().strip(), (
         "run: python -m dsv4.server.fields docs/api.md"
     )
+
+
+def test_the_table_of_errors_is_what_is_sent() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)
+    assert [int(status) for status, *_ in rows] == sorted({int(s) for s, *_ in rows})
+    assert {400, 401, 402, 403, 404, 405, 408, 413, 429, 500, 503} == {int(s) for s, *_ in rows}
+    for status, kind, there in rows:
+        error = ApiError("x", int(status))
+        assert error.body()["error"]["type"] == kind
+        assert envelope(error)["error"]["type"] == there
 
 
 @pytest.mark.parametrize("surface", fields.SURFACES, ids=lambda s: s.title)

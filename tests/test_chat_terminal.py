@@ -35,14 +35,16 @@ def answer(prompt):
 
 model = ScriptedModel(small_tokenizer())
 model.script, model.pause = answer, 0.002
-backend = LocalBackend(model)
+backend = LocalBackend(model, context_length=65536)
 Chat(backend, sampling=SamplingParams(seed=1), think="high").run()
 backend.close()
 print("left")
 """
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": str(Path(__file__).parent),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    ),
     "OMP_NUM_THREADS": "1",
     "TERM": "xterm-256color",
     "COLUMNS": "80",
@@ -129,6 +131,8 @@ def test_a_conversation_with_every_command(terminal: Terminal) -> None:
     terminal.until("a new conversation")
     terminal.type("First\r")
     terminal.until(r"\[1: First\]")
+    terminal.type("/think max\r")
+    terminal.until("meant for a context of 393216 tokens; v4-scripted has 65536 here")
     terminal.type("/think harder\r")
     terminal.until("off, high or max, not harder")
     terminal.type("/help\r")

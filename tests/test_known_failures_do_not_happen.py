@@ -262,6 +262,10 @@ def test_12_forced_tools_work_while_thinking(say: Say) -> None:
         tool_choice={"type": "tool", "name": "get_weather"},
     )  # fmt: skip
     assert [b["type"] for b in answer["content"]] == ["thinking", "tool_use"]
+    search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+    for choice in ({"type": "tool", "name": "web_search"}, {"type": "any"}):  # hosted: not here
+        answer = messages_api(say("Hm.</think>So."), tools=[search], tool_choice=choice)
+        assert answer["content"][-1]["text"] == "So."
 
 
 def test_13_rewritten_history_is_replayed_byte_for_byte(say: Say) -> None:

@@ -81,6 +81,15 @@ def test_arrows_point_down(path: Path) -> None:
     assert not wrong, f"{own} must not import {', '.join(sorted(wrong))}"
 
 
+def test_surfaces_share_one_request_and_know_no_other_surface() -> None:
+    surfaces = {"openai", "anthropic", "responses"}
+    for name in sorted(surfaces):
+        tree = ast.parse((SOURCE / "server" / f"{name}.py").read_text(encoding="utf-8"))
+        found = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
+        known = {part for n in found for part in (n.module or "", *(a.name for a in n.names))}
+        assert {"backend", "surface"} <= known and not surfaces & known, name
+
+
 def test_every_form_of_import_is_seen() -> None:
     for text, name in {
         "from ..model import Pass": "model",

@@ -369,6 +369,20 @@ def test_histories_that_agents_really_send_are_answered(
         assert response.json()["choices"][0]["message"]["content"] == "fine"
 
 
+def test_tools_of_other_types_are_left_out(scripted: Callable[..., Server]) -> None:
+    others = [{"type": "web_search"}, {"type": "custom", "custom": {"name": "f"}}]
+    usages = []
+    for tools in ([WEATHER], [*others, WEATHER]):
+        answer = scripted(CALL).post({"messages": HELLO, "tools": tools, **OFF}).json()
+        assert answer["choices"][0]["message"]["tool_calls"]
+        usages.append(answer["usage"]["prompt_tokens"])
+    assert usages[0] == usages[1]
+    for choice in (None, "auto", "required"):
+        body = {"messages": HELLO, "tools": others, "tool_choice": choice, **OFF}
+        answer = scripted("fine").post(body).json()
+        assert answer["choices"][0]["message"]["content"] == "fine"
+
+
 def test_fields_of_other_servers_are_tolerated(scripted: Callable[..., Server]) -> None:
     body = {
         "messages": HELLO, "user_id": '{"json": true}', "parallel_tool_calls": True, "store": False,
@@ -440,6 +454,7 @@ def test_fields_of_other_servers_are_tolerated(scripted: Callable[..., Server]) 
             {"messages": HELLO, "tools": [{"type": "function"}]},
             "tools[0]: missing field `function`",
         ),
+        ({"messages": HELLO, "tools": [{"function": {"name": "f"}}]}, "missing field `type`"),
         (
             {
                 "messages": HELLO,
@@ -457,6 +472,48 @@ def test_refusals_have_the_hosted_shape_and_words(tiny: Server, body: Any, messa
     error = response.json()["error"]
     assert message in error["message"]
     assert error["type"] == error["code"] == "invalid_request_error" and error["param"] is None
+
+
+UNREADABLE = "Failed to deserialize the JSON body into the target type: "
+RANGE = "Invalid {0} value, the valid range of {0} is {1}".format
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"model": "deepseek-reasoner"}, "The supported API model names are deepseek-v4-pro or "
+         "deepseek-v4-flash, but you passed deepseek-reasoner."),
+        ({"max_tokens": 393217}, RANGE("max_tokens", "[1, 393216]")),
+        ({"temperature": 2.1}, RANGE("temperature", "[0, 2]")),
+        ({"top_p": 1.1}, RANGE("top_p", "(0, 1.0]")),
+        ({"logprobs": True, "top_logprobs": 21}, RANGE("top_logprobs", "[0, 20]")),
+        ({"top_logprobs": 1}, "Invalid top_logprobs and logprobs value, logprobs must be set to "
+         "true if top_logprobs is used."),
+        ({"stop": ["x"] * 17}, "Stop string array too long: 17"),
+        ({"messages": [*HELLO, {"role": "robot"}]}, UNREADABLE + "messages[1].role: unknown variant"
+         " `robot`, expected one of `system`, `user`, `assistant`, `tool`, `developer`, "
+         "`latest_reminder`"),
+        ({"reasoning_effort": "x"}, UNREADABLE + "reasoning_effort: unknown variant `x`, expected "
+         "one of `none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`, `ultra`"),
+        ({"messages": [{"role": "user", "content": "x " * 3000}], "max_tokens": 7, **OFF},
+         "This model's maximum context length is 2048 tokens. However, you requested {0} tokens "
+         "({1} in the messages, 7 in the completion). Please reduce the length of the messages or "
+         "completion."),
+    ],
+)  # fmt: skip
+def test_the_texts_that_clients_match_on_are_the_hosted_ones(
+    tiny: Server, body: dict[str, Any], message: str
+) -> None:
+    response = tiny.post({"messages": HELLO, **body})
+    if "{0}" in message:
+        counted = tiny.post({"messages": body["messages"], "thinking": OFF["thinking"]},
+                            "/v1/messages/count_tokens").json()["input_tokens"]  # fmt: skip
+        message = message.format(counted + 7, counted)
+    assert response.status_code == 400
+    assert response.json()["error"] == {
+        "message": message, "type": "invalid_request_error", "param": None,
+        "code": "invalid_request_error",
+    }  # fmt: skip
 
 
 def test_a_body_that_is_too_large_is_refused(tiny: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,8 +728,41 @@ def test_retired_names_are_refused_and_a_switch_takes_them() -> None:
         assert backend.requests[-1].effort == "max"  # type: ignore[union-attr]
 
 
-def test_effort_max_says_when_the_context_is_small(tiny: Server) -> None:
-    body = {"messages": HELLO, "max_tokens": 2}
-    assert "x-dsv4-note" not in tiny.post(body).headers
-    note = tiny.post({**body, "reasoning_effort": "max"}).headers["x-dsv4-note"]
-    assert "393216" in note and "2048" in note
+MOST: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HELLO, "max_tokens": 2, "reasoning_effort": "max"},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 2, "output_config": {"effort": "max"}},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 2, "reasoning": {"effort": "max"}},
+}
+
+
+@pytest.mark.parametrize("path", MOST)
+def test_effort_max_says_when_the_context_is_small(tiny: Server, path: str) -> None:
+    response = tiny.post(MOST[path], path)
+    note = response.json()["note"]
+    assert "393216" in note and "2048" in note and response.headers["x-dsv4-note"] == note
+    assert tiny.post({**MOST[path], "stream": True}, path).text.count(f'"note":"{note}"') == (
+        3 if path == "/v1/responses" else 1  # created, in_progress, incomplete
+    )
+    usual = {k: v for k, v in MOST[path].items() if "max" not in str(v)}
+    response = tiny.post(usual, path)
+    assert "x-dsv4-note" not in response.headers and "note" not in response.json()
+
+
+def test_every_route_answers_at_every_base_url() -> None:
+    script = [ContentDelta("hi"), Finish("stop", Usage(1, 1))]
+    post: dict[str, Any] = {
+        "chat/completions": {"messages": HELLO}, "completions": {"prompt": "a"},
+        "responses": {"input": "a"},
+    }  # fmt: skip
+    messages = {"messages": HELLO, "max_tokens": 2}
+    with Server(ScriptedBackend(script)) as server:
+        for base in ("", "/v1", "/beta", "/beta/v1"):
+            for route, body in post.items():
+                assert server.post(body, f"{base}/{route}").status_code == 200, (base, route)
+            for route in ("models", "models/deepseek-v4-pro", "user/balance"):
+                assert httpx.get(f"{server.url}{base}/{route}").status_code == 200, (base, route)
+        for base in ("/v1", "/anthropic", "/anthropic/v1"):
+            for route in ("messages", "messages?beta=true", "messages/count_tokens"):
+                assert server.post(messages, f"{base}/{route}").status_code == 200, (base, route)
+            for route in ("models", "models/deepseek-v4-pro"):
+                assert httpx.get(f"{server.url}{base}/{route}").status_code == 200, (base, route)

@@ -20,10 +20,13 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
+from live_server import OFF, Server
 from prometheus_client.parser import text_string_to_metric_families
+from scripted_models import ScriptedModel, small_tokenizer
 
 from dsv4.errors import ConfigError
-from dsv4.server import create_app, gate, listen
+from dsv4.server import LocalBackend, create_app, gate, listen
 from dsv4.server.accounts import Keys
 from dsv4.server.app import Operations
 from dsv4.server.backend import ChatRequest, ContentDelta, Finish, ScriptedBackend, Usage
@@ -217,6 +220,34 @@ def test_a_server_for_other_machines_never_opens() -> None:
         keys.check_exposure("0.0.0.0")
 
 
+OPEN = {
+    "HEAD /", "GET /", "GET /web/about", "GET /health", "GET /ready", "GET /openapi.json",
+}  # fmt: skip
+
+
+def test_with_a_key_every_other_route_asks_for_it_before_it_reads_anything() -> None:
+    app = create_app(ScriptedBackend([]), api_key="sesame")
+
+    def routes(found: Any) -> Iterator[tuple[str, str]]:
+        for route in found:
+            inner = getattr(route, "original_router", None)
+            yield from routes(inner.routes if inner else ())
+            for method in getattr(route, "methods", None) or ():
+                yield method, route.path
+
+    answered = set()
+    count = 0
+    with TestClient(app) as client:
+        for method, path in routes(app.routes):
+            count += 1
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "no"}):
+                url = path.replace("{name:path}", "x")
+                answer = client.request(method, url, headers=headers, content=b"{")
+                if answer.status_code != 401:
+                    answered.add(f"{method} {path}")
+    assert answered == OPEN and count > 45
+
+
 def test_a_page_of_another_site_gets_nothing(site: Site) -> None:
     assert site.ask(headers={"origin": "https://evil.example"}).status_code == 403
     assert site.ask(headers={"host": "evil.example"}).status_code == 403
@@ -246,6 +277,27 @@ def test_every_answer_is_in_the_books_with_its_cache_hits(site: Site) -> None:
     assert flash.cost == COST == 15_120_000
     assert pro.cost == 40 * 145_000 + 60 * 1_740_000 + 20 * 3_480_000
     assert (flash.open, pro.open) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_of_several_answers_is_paid_for_once(
+    lines: list[dict[str, Any]], stream: bool
+) -> None:
+    """What the answer says was used, the books and the log agree."""
+    model = ScriptedModel(small_tokenizer())
+    model.script = "Paris for 3 days"
+    with Database(MEMORY) as database, Server(LocalBackend(model), database=database) as server:
+        body = {"messages": [{"role": "user", "content": "weather " * 40}], "n": 3, **OFF}
+        said = server.chunks(body)[-1]["usage"] if stream else server.post(body).json()["usage"]
+        (row,) = usage(database, ())
+        (line,) = logged(lines)
+        assert check(database) == []
+    used = [0, said["prompt_tokens"], said["completion_tokens"]]
+    assert used[1] > 40 and used[2] % 3 == 0
+    assert [said["prompt_cache_hit_tokens"], said["prompt_cache_miss_tokens"]] == used[:2]
+    assert [row.hit_tokens, row.miss_tokens, row.output_tokens, row.requests] == [*used, 1]
+    assert [line[f"{kind}_tokens"] for kind in ("hit", "miss", "output")] == used
+    assert picodollars(line["cost_usd"]) == row.cost == used[1] * 140_000 + used[2] * 280_000
 
 
 def test_an_answer_is_in_the_books_before_its_end_is_seen() -> None:

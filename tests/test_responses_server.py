@@ -103,11 +103,12 @@ def test_text_formats_hold(say: Callable[[str], Server], kind: str) -> None:
     wanted = {"type": kind, **({"name": "s", "schema": schema} if kind == "json_schema" else {})}
     answer = ask(say('So.</think>{"a": 3}'), text={"format": wanted})
     assert json.loads(answer.output_text) == {"a": 3}
+    assert answer.text.format.to_dict() == wanted, "the answer says which format it was held to"
 
 
 def test_a_cut_answer_is_incomplete(say: Callable[[str], Server]) -> None:
     answer = ask(say("Paris for 3 days"), max_output_tokens=2, **OFF)
-    assert answer.status == "incomplete"
+    assert answer.status == answer.output[0].status == "incomplete"
     assert answer.incomplete_details.reason == "max_output_tokens"
 
 

@@ -302,6 +302,7 @@ def test_dropped_text_files_are_counted_and_read_by_the_model(tab: Tab) -> None:
 
 def test_the_calculator_is_called_computed_and_read(tab: Tab) -> None:
     def script(prompt: str) -> str:
+        assert '"strict": true' in prompt, "so that the model can call nothing else"
         if "7006652" in prompt:
             return "It is 7006652."
         return call("calculator", {"expression": "1234 * 5678"})

@@ -15,6 +15,7 @@ from rich.console import Console
 from .engine import Engine, SamplingParams
 from .errors import ConfigError, DSV4Error
 from .server.backend import Backend, ChatRequest, ContentDelta, Finish, ReasoningDelta, ToolCall
+from .server.surface import note
 
 if TYPE_CHECKING:
     from .api import Model
@@ -79,6 +80,7 @@ class Chat:
             _enable_line_editing()
             self._say(f"{self._backend.model.id}: {self._backend.model.description}", "bold")
             self._say("/help lists the commands.\n", "dim")
+            self._note()
         interrupted = False
         while True:
             try:
@@ -115,6 +117,7 @@ class Chat:
             elif argument:
                 self._say(f"/think off, high or max, not {argument}", "red")
             self._say(f"thinking: {self._think}", "dim")
+            self._note()
         elif name == "/retry" and self._turns:
             self._turns[-1] = Turn(self._turns[-1].user)
             self._retries += 1
@@ -132,6 +135,10 @@ class Chat:
         else:
             self._say(f"there is no command {name}; /help lists them", "red")
         return True
+
+    def _note(self) -> None:
+        for text in note(self._backend.model, THINK[self._think]).values():
+            self._say(text, "dim")
 
     def _answer(self) -> bool:
         """Answer the last turn; True when Ctrl-C stopped it."""

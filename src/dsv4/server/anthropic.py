@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
 from starlette.responses import Response
 
 from .backend import (
@@ -27,9 +26,21 @@ from .backend import (
     ToolCall,
     Usage,
 )
-from .models import Route, Service, notes
-from .openai import namespace, sampled, stops, thinking_budget
-from .wire import ApiError, Closing, LiveResponse, Loose, deserialize, dumps, read_json, sse
+from .models import Route, Service
+from .surface import (
+    AskedChat,
+    Choice,
+    Effort,
+    Schema,
+    Thinking,
+    effort,
+    live,
+    namespace,
+    note,
+    schema,
+    stops,
+)
+from .wire import ApiError, Loose, deserialize, dumps, read_json, sse
 
 _ERRORS = {
     401: "authentication_error",
@@ -47,7 +58,7 @@ _VOLATILE = "x-anthropic-billing-header:"
 
 class Message(Loose):
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | list[dict[str, Any]] | None
 
 
 class Tool(Loose):
@@ -64,20 +75,12 @@ class ToolChoice(Loose):
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Loose):
-    type: Literal["enabled", "adaptive", "disabled"] = "enabled"
-
-
-class OutputFormat(Loose):
+class OutputFormat(Schema):
     type: str
-    # not called ``schema``: pydantic has a method of that name
-    wanted: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class OutputConfig(Loose):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = (
-        None
-    )
+    effort: Effort | None = None
     format: OutputFormat | None = None
 
 
@@ -97,15 +100,11 @@ class CountRequest(Loose):
     output_config: OutputConfig | None = None
 
 
-class MessagesRequest(CountRequest):
+class MessagesRequest(CountRequest, AskedChat):
     """The body of POST /v1/messages."""
 
     max_tokens: int
-    max_thinking_tokens: int | None = None
     stop_sequences: list[str] | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     metadata: Metadata | None = None
 
 
@@ -126,45 +125,33 @@ def router(service: Service) -> APIRouter:
     """The routes of this surface."""
     routes = APIRouter()
 
-    @routes.post("/v1/messages")
-    @routes.post("/anthropic/v1/messages")
-    @routes.post("/anthropic/messages")
     async def messages(request: Request) -> Response:
         asked = deserialize(MessagesRequest, await read_json(request))
         route = service.models.route(asked.model)
         order = to_backend(asked, route, official_sampling=service.official_sampling)
         events = await route.backend.chat(order)
-        headers = notes(route.backend.model, order.effort)
-        answer = Answer(route.backend.model)
-        if asked.stream:
-            return LiveResponse(
-                Closing(answer.stream(events), events.aclose),
-                media_type="text/event-stream",
-                idle=sse({"type": "ping"}, "ping"),
-                failure=lambda error: sse(envelope(error), "error"),
-                interval=service.keep_alive,
-                envelope=envelope,
-                headers=headers,
-            )
-        return LiveResponse(
-            Closing(answer.whole(events), events.aclose),
-            media_type="application/json",
-            idle="\n",
-            failure=lambda error: dumps(envelope(error)),
-            interval=service.keep_alive,
+        said = note(route.backend.model, order.effort)
+        answer = Answer(route.backend.model, said)
+        return live(
+            service,
+            answer.stream(events) if asked.stream else answer.whole(events),
+            events,
+            stream=asked.stream,
+            idle=sse({"type": "ping"}, "ping"),
+            failure=lambda error: sse(envelope(error), "error"),
             envelope=envelope,
-            headers=headers,
+            said=said,
         )
 
-    @routes.post("/v1/messages/count_tokens")
-    @routes.post("/anthropic/v1/messages/count_tokens")
-    @routes.post("/anthropic/messages/count_tokens")
     async def count_tokens(request: Request) -> dict[str, int]:
         asked = deserialize(CountRequest, await read_json(request))
         route = service.models.route(asked.model)
         order = _order(asked, route)
         return {"input_tokens": await route.backend.count_tokens(order)}
 
+    for base in ("/v1", "/anthropic/v1", "/anthropic"):
+        routes.post(f"{base}/messages")(messages)
+        routes.post(f"{base}/messages/count_tokens")(count_tokens)
     return routes
 
 
@@ -178,14 +165,11 @@ def to_backend(
     return _order(
         request,
         route,
-        sampling=sampled(
-            request.max_tokens,
-            request.temperature,
-            request.top_p,
-            ignored=official_sampling and _effort(request, route) != "none",
+        sampling=request.sampled(
+            request.max_tokens, ignored=official_sampling and _effort(request, route) != "none"
         ),
         stop=stops(request.stop_sequences),
-        max_thinking_tokens=thinking_budget(request.max_thinking_tokens),
+        max_thinking_tokens=request.budget,
         namespace=namespace(request.metadata.user_id if request.metadata else None),
     )
 
@@ -194,33 +178,38 @@ def _order(request: CountRequest, route: Route, **more: Any) -> ChatRequest:
     if not request.messages:
         raise ApiError("Empty input messages")
     choice = request.tool_choice
-    kinds: dict[str | None, Literal["none", "auto", "required"]] = {
-        "none": "none", "auto": "auto", "any": "required", "tool": "required",
-    }  # fmt: skip
+    demand, name = _choice(request)
     wanted = request.output_config.format if request.output_config else None
-    schema = wanted.wanted if wanted and wanted.type == "json_schema" else None
-    if wanted and wanted.type == "json_schema" and schema is None:
-        raise ApiError("Invalid output_config.format: json_schema needs a schema")
+    kind = wanted.type if wanted and wanted.type == "json_schema" else ""
     return ChatRequest(
         messages=list(_messages(request)),
         effort=_effort(request, route),
         tools=[_tool(t) for t in request.tools or [] if t.input_schema is not None],
-        tool_choice=kinds[choice.type] if choice else "auto" if request.tools else "none",
-        tool_name=choice.name if choice and choice.type == "tool" else None,
+        tool_choice=demand,
+        tool_name=name,
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
-        schema=schema,
+        schema=schema(kind, wanted, "output_config.format"),
         **more,
     )
 
 
+def _choice(request: CountRequest) -> tuple[Choice, str | None]:
+    """Whether a call is demanded, and of which tool. A tool that only the hosted service has
+    cannot be called: whoever demands it gets an answer without it."""
+    asked, tools = request.tool_choice, request.tools or []
+    if asked is None:
+        return ("auto" if tools else "none"), None
+    if asked.type in ("none", "auto"):
+        return asked.type, None
+    if any(t.name == asked.name and t.input_schema is None for t in tools):
+        return "auto", None
+    return "required", asked.name if asked.type == "tool" else None
+
+
 def _effort(request: CountRequest, route: Route) -> str:
-    switch = request.thinking.type != "disabled" if request.thinking else None
-    effort = request.output_config.effort if request.output_config else None
-    if switch is None and effort is None:
-        switch = route.thinks
-    if switch is False or (effort == "none" and switch is None):
-        return "none"
-    return "high" if effort in (None, "none") else str(effort)
+    switch = request.thinking.on if request.thinking else None
+    asked = request.output_config.effort if request.output_config else None
+    return effort(switch, asked, route)
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
@@ -242,8 +231,8 @@ def _messages(request: CountRequest) -> Iterable[dict[str, Any]]:
     if head:
         yield {"role": "system", "content": "\n\n".join(head)}
     for message in request.messages:
-        if isinstance(message.content, str):
-            yield {"role": message.role, "content": message.content}
+        if not isinstance(message.content, list):
+            yield {"role": message.role, "content": message.content or ""}
         elif message.role == "assistant":
             yield _assistant(message.content)
         else:
@@ -312,8 +301,8 @@ def _text(block: dict[str, Any]) -> str:
 class Answer:
     """Writes one message, whole or as a stream of events."""
 
-    def __init__(self, model: ModelInfo) -> None:
-        self._model = model
+    def __init__(self, model: ModelInfo, said: dict[str, str]) -> None:
+        self._model, self._note = model, said
         self._name = str(uuid.uuid4())
 
     async def whole(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
@@ -396,6 +385,7 @@ class Answer:
             "stop_reason": None,
             "stop_sequence": None,
             "usage": usage,
+            **self._note,
         }
 
     @staticmethod

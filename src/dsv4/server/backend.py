@@ -103,6 +103,14 @@ class TokenLogprob:
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
 
+    def body(self) -> dict[str, Any]:
+        """As OpenAI's APIs spell it."""
+        first, *top = (
+            {"token": each.text, "logprob": each.logprob, "bytes": list(each.raw)}
+            for each in (self, *self.top)
+        )
+        return {**first, "top_logprobs": top}
+
 
 @dataclass(frozen=True)
 class Begin:

@@ -321,9 +321,10 @@ def conversation_routes(conversations: Conversations, owner: Owner) -> APIRouter
 
     @router.put("/{id}/messages/{message_id}")
     async def put_message(request: Request, id: str, message_id: str) -> dict[str, Any]:
+        who = owner(request)  # before the body is read
         body = await _read(request, MessageBody)
         ids = _valid(_Ids, {"id": id, "message_id": message_id})
-        await conversations.put_message(owner(request), ids.id, ids.message_id, body)
+        await conversations.put_message(who, ids.id, ids.message_id, body)
         return {"id": message_id}
 
     @router.delete("/{id}")

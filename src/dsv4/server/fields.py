@@ -56,7 +56,8 @@ _CHAT = Surface(
         "stream_options": "`include_usage`: all chunks but the last say `usage: null`",
         "response_format": "`text`, `json_object`, `json_schema`: enforced by a grammar, after "
         "the thought",
-        "tools": "up to 128 of type `function`; with `strict` the arguments are held to the schema",
+        "tools": "up to 128; type `function`, with `strict` held to the schema; other types are "
+        "left out",
         "tool_choice": "`none`, `auto`, `required`, or a named function; also while thinking",
         "parallel_tool_calls": "false: the answer ends with its first call",
         "logprobs": "of content and reasoning, before temperature and top_p",
@@ -71,7 +72,7 @@ _CHAT = Surface(
         "verbosity", "web_search_options",
     ),
     (
-        "an unknown role, effort, thinking type, tool type, `tool_choice` or format",
+        "an unknown role, effort, thinking type, `tool_choice` or format",
         "no messages; a value out of its range; `top_logprobs` without `logprobs`",
         "a schema that cannot be enforced, in `response_format` or a `strict` tool",
         "a prompt that leaves no room in the context",
@@ -106,8 +107,10 @@ _MESSAGES = Surface(
         "messages": "roles `user`, `assistant`, `system` anywhere; blocks `text`, `thinking`, "
         "`tool_use`, `tool_result`; any other kind leaves a mark such as `[Unsupported Image]`",
         "system": "a string or text blocks; a line `x-anthropic-billing-header:` is left out",
-        "tools": "those with an `input_schema`; `strict` holds arguments to it",
-        "tool_choice": "`none`, `auto`, `any`, `tool`; `disable_parallel_tool_use`",
+        "tools": "those with an `input_schema`; `strict` holds arguments to it; others are left "
+        "out",
+        "tool_choice": "`none`, `auto`, `any`, `tool`; `disable_parallel_tool_use`; of a tool that "
+        "is left out: `auto`",
         "thinking": "`enabled`, `adaptive`, `disabled`; default enabled; budget ignored",
         "output_config": "`effort` as `reasoning_effort` above; `format` of type `json_schema`",
         "max_tokens": "1 to 393216; required",

@@ -28,6 +28,8 @@ class Visit:
     id: str = ""
     caller: Caller = field(default_factory=Caller)
     started: float = field(default_factory=time.monotonic)
+    answers: int = 0  # begun: several choices are several answers to one prompt
+    cost: int = 0  # picodollars, of those that have ended
     facts: dict[str, Any] = field(default_factory=dict)  # for the log's line
 
 
@@ -45,6 +47,7 @@ class Metered:
     An answer is reserved before work begins (AccountError when the caller's limits are reached)
     and settled before its ``Finish`` is passed on. One that ends early, because the client left
     or something failed, costs what was computed until then; nothing before its first token.
+    Of the answers that one HTTP request asks for the first one pays for the prompt.
     """
 
     def __init__(
@@ -64,10 +67,12 @@ class Metered:
 
     async def chat(self, request: ChatRequest | FillRequest) -> Answer:
         asked = visit()
-        if self._log_prompts:
+        pays_prompt = not asked.answers
+        asked.answers += 1
+        if self._log_prompts and pays_prompt:
             log_event("prompt", request_id=asked.id, request=request)
         most = request.sampling.max_tokens or self.model.max_output_tokens
-        prompt = await self._longest(request) if asked.caller.limited else 0
+        prompt = await self._longest(request) if asked.caller.limited and pays_prompt else 0
         try:
             reservation = await _finished(
                 lambda: self._ledger.reserve(
@@ -82,7 +87,7 @@ class Metered:
         except AccountError as error:
             self._metrics.refused.labels(error.status).inc()
             raise
-        bill = _Bill(self, asked, reservation)
+        bill = _Bill(self, asked, reservation, pays_prompt)
         try:
             if asked.caller.limited:
                 sampling = replace(request.sampling, max_tokens=reservation.max_tokens)
@@ -110,11 +115,11 @@ class Metered:
     async def write(self, charge: int, asked: Visit, usage: Usage, outcome: str) -> None:
         """Settle a charge, and say so in the metrics and the log's line."""
         miss = usage.prompt_tokens - usage.cached_tokens
-        facts = {
-            "model": self._model, "served": self.model.id, "outcome": outcome,
+        tokens = {
             "hit_tokens": usage.cached_tokens, "miss_tokens": miss,
             "output_tokens": usage.completion_tokens,
         }  # fmt: skip
+        facts = {"model": self._model, "served": self.model.id, "outcome": outcome}
         try:
             cost = await _finished(
                 lambda: self._ledger.settle(
@@ -129,11 +134,13 @@ class Metered:
             self._metrics.ledger_failures.inc()
             log_event(
                 "not in the books", logging.ERROR, exc_info=error, charge=charge,
-                request_id=asked.id, caller=asked.caller.id, **facts,
+                request_id=asked.id, caller=asked.caller.id, **facts, **tokens,
             )  # fmt: skip
             return
         self._metrics.answered(self._model, usage, cost, outcome)
-        asked.facts |= facts | {"cost_usd": dollars(cost)}
+        asked.cost += cost
+        sums = {name: asked.facts.get(name, 0) + count for name, count in tokens.items()}
+        asked.facts |= facts | sums | {"cost_usd": dollars(asked.cost)}
 
     def first(self, asked: Visit) -> None:
         self._metrics.first.labels(self._model).observe(time.monotonic() - asked.started)
@@ -142,9 +149,11 @@ class Metered:
 class _Bill:
     """Settles one charge, once, however its answer ends."""
 
-    def __init__(self, metered: Metered, asked: Visit, reservation: Reservation) -> None:
+    def __init__(
+        self, metered: Metered, asked: Visit, reservation: Reservation, pays_prompt: bool
+    ) -> None:
         self._metered, self._asked, self._reservation = metered, asked, reservation
-        self._settled = False
+        self._pays_prompt, self._settled = pays_prompt, False
 
     async def events(self, answer: Answer) -> AsyncGenerator[Event, None]:
         begun = False
@@ -169,6 +178,8 @@ class _Bill:
     async def settle(self, usage: Usage, outcome: str) -> None:
         if not self._settled:
             self._settled = True
+            if not self._pays_prompt:
+                usage = replace(usage, prompt_tokens=0, cached_tokens=0)
             await self._metered.write(self._reservation.charge, self._asked, usage, outcome)
 
 

@@ -16,7 +16,6 @@ from .wire import KEEP_ALIVE, ApiError
 FLASH, PRO = "deepseek-v4-flash", "deepseek-v4-pro"
 # Refused by the hosted API since 2026-07-24 15:59 UTC; the value is whether the name thinks.
 RETIRED: Mapping[str, bool] = {"deepseek-chat": False, "deepseek-reasoner": True}
-MAX_EFFORT_CONTEXT = 393216  # tokens of context that reasoning at effort max is meant to have
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,3 @@ class Service:
     models: Models
     official_sampling: bool = False
     keep_alive: float = KEEP_ALIVE
-
-
-def notes(model: ModelInfo, effort: str) -> dict[str, str]:
-    """Headers with what the caller should know about an answer."""
-    if effort not in ("xhigh", "max", "ultra") or model.context_length >= MAX_EFFORT_CONTEXT:
-        return {}
-    return {
-        "x-dsv4-note": f"reasoning effort max is meant for a context of {MAX_EFFORT_CONTEXT} "
-        f"tokens; {model.id} has {model.context_length} here"
-    }

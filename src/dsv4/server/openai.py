@@ -9,10 +9,9 @@ overflow are, with the hosted texts, because clients match on them.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -21,7 +20,6 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..engine import SamplingParams
 from .backend import (
     Answer,
     Backend,
@@ -36,24 +34,37 @@ from .backend import (
     ToolCall,
     Usage,
 )
-from .models import Route, Service, notes
+from .models import Route, Service
+from .surface import (
+    BASES,
+    Asked,
+    AskedChat,
+    Choice,
+    Effort,
+    Schema,
+    Thinking,
+    effort,
+    live,
+    namespace,
+    note,
+    schema,
+    stops,
+)
 from .wire import (
     DONE,
     ApiError,
     Closing,
-    LiveResponse,
     Loose,
     deserialize,
     dumps,
+    missing,
     read_json,
     sse,
     waiting,
 )
 
-MAX_STOPS = 16
 MAX_TOOLS = 128
 MAX_CHOICES = 32
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
 
 class Message(Loose):
@@ -74,8 +85,10 @@ class Function(Loose):
 
 
 class Tool(Loose):
-    type: Literal["function"]
-    function: Function
+    """``function`` if that is its type; tools of other types are left out."""
+
+    type: str
+    function: Function | None = None
 
 
 class NamedFunction(Loose):
@@ -87,10 +100,6 @@ class NamedChoice(Loose):
     function: NamedFunction
 
 
-class Thinking(Loose):
-    type: Literal["enabled", "disabled", "adaptive"] = "enabled"
-
-
 class TemplateKwargs(Loose):
     """How vLLM and SGLang spell the thinking switch."""
 
@@ -99,112 +108,108 @@ class TemplateKwargs(Loose):
     reasoning_effort: Effort | None = None
 
 
-class JsonSchema(Loose):
-    # not called ``schema``: pydantic has a method of that name
-    wanted: dict[str, Any] | None = Field(None, alias="schema")
-
-
 class ResponseFormat(Loose):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: Schema | None = None
 
 
 class StreamOptions(Loose):
     include_usage: bool | None = None
 
 
-class ChatCompletionRequest(Loose):
+class Counted(Loose):
+    """What both bodies call the same: how many answers, how long, and how they come."""
+
+    max_tokens: int | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def answers(self) -> int:
+        if self.n is not None and not 1 <= self.n <= MAX_CHOICES:
+            raise ApiError(f"Invalid n value, the valid range of n is [1, {MAX_CHOICES}]")
+        return self.n or 1
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatCompletionRequest(AskedChat, Counted):
     """The body of POST /chat/completions."""
 
-    model: str = ""
     messages: list[Message]
     thinking: Thinking | None = None
     reasoning_effort: Effort | None = None
-    max_thinking_tokens: int | None = None
     chat_template_kwargs: TemplateKwargs | None = None
-    max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: Choice | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    n: int | None = None
     user_id: str | None = None
     user: str | None = None
 
     def effort(self, route: Route) -> str:
         """The asked effort, "none" for no thinking. An explicit switch wins over all hints."""
         kwargs = self.chat_template_kwargs or TemplateKwargs()
-        effort = self.reasoning_effort or kwargs.reasoning_effort
         switch = kwargs.thinking if kwargs.thinking is not None else kwargs.enable_thinking
         if self.thinking is not None:
-            switch = self.thinking.type != "disabled"
-        if switch is None and effort is None:
-            switch = route.thinks
-        if switch is False or (effort == "none" and switch is None):
-            return "none"
-        return "high" if effort in (None, "none") else str(effort)
+            switch = self.thinking.on
+        return effort(switch, self.reasoning_effort or kwargs.reasoning_effort, route)
 
 
-class CompletionRequest(Loose):
+class CompletionRequest(Asked, Counted):
     """The body of POST /completions: fill in the middle, or plain continuation."""
 
-    model: str = ""
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     suffix: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     echo: bool | None = None
     logprobs: int | None = None
-    n: int | None = None
+
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
 def router(service: Service) -> APIRouter:
     """The routes of this surface."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions")
-    @routes.post("/chat/completions")
-    @routes.post("/beta/chat/completions")
-    @routes.post("/beta/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         asked = deserialize(ChatCompletionRequest, await read_json(request))
         route = service.models.route(asked.model)
         order = to_backend(asked, route, official_sampling=service.official_sampling)
+        events = await answers(route.backend, order, asked.answers)
         answer = ChatCompletion(route.backend.model, asked, order)
-        events = await answers(route.backend, order, asked.n or 1)
-        headers = notes(route.backend.model, order.effort)
-        return live(service, bool(asked.stream), answer, events, headers)
+        return send(answer, events, asked.stream, note(route.backend.model, order.effort))
 
-    @routes.post("/v1/completions")
-    @routes.post("/completions")
-    @routes.post("/beta/completions")
-    @routes.post("/beta/v1/completions")
     async def completions(request: Request) -> Response:
         asked = deserialize(CompletionRequest, await read_json(request))
         route = service.models.route(asked.model)
-        order = fill_order(asked)
-        events = await answers(route.backend, order, asked.n or 1)
-        answer = TextCompletion(route.backend.model, asked)
-        return live(service, bool(asked.stream), answer, events, {})
+        events = await answers(route.backend, fill_order(asked), asked.answers)
+        return send(TextCompletion(route.backend.model, asked), events, asked.stream)
 
-    @routes.get("/v1/models")
-    @routes.get("/models")
-    @routes.get("/beta/models")
-    @routes.get("/anthropic/v1/models")
+    def send(
+        answer: ChatCompletion | TextCompletion,
+        events: Answers,
+        stream: bool | None,
+        said: dict[str, str] | None = None,
+    ) -> Response:
+        return live(
+            service,
+            answer.stream(events) if stream else answer.whole(events),
+            events,
+            stream=stream,
+            idle=lambda: waiting(events.prefilled),
+            failure=lambda error: sse(error.body()),
+            said=said,
+        )
+
     async def models() -> dict[str, Any]:
         cards = service.models.cards()
         first, last = cards[0]["id"], cards[-1]["id"]
@@ -212,9 +217,6 @@ def router(service: Service) -> APIRouter:
             "object": "list", "data": cards, "has_more": False, "first_id": first, "last_id": last
         }  # fmt: skip
 
-    @routes.get("/v1/models/{name:path}")
-    @routes.get("/models/{name:path}")
-    @routes.get("/anthropic/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
         for card in service.models.cards():
             if card["id"] == name:
@@ -222,33 +224,13 @@ def router(service: Service) -> APIRouter:
         served = ", ".join(card["id"] for card in service.models.cards())
         raise ApiError(f"The model {name} is not served here; these are: {served}.", 404)
 
+    for base in BASES:
+        routes.post(f"{base}/chat/completions")(chat_completions)
+        routes.post(f"{base}/completions")(completions)
+    for base in (*BASES, "/anthropic", "/anthropic/v1"):
+        routes.get(f"{base}/models")(models)
+        routes.get(f"{base}/models/{{name:path}}")(one_model)
     return routes
-
-
-def live(
-    service: Service,
-    stream: bool,
-    answer: ChatCompletion | TextCompletion,
-    events: Answers,
-    headers: dict[str, str],
-) -> Response:
-    if stream:
-        return LiveResponse(
-            Closing(answer.chunks(events), events.aclose),
-            media_type="text/event-stream",
-            idle=lambda: waiting(events.prefilled),
-            failure=lambda error: sse(error.body()),
-            interval=service.keep_alive,
-            headers=headers,
-        )
-    return LiveResponse(
-        Closing(answer.whole(events), events.aclose),
-        media_type="application/json",
-        idle="\n",
-        failure=lambda error: dumps(error.body()),
-        interval=service.keep_alive,
-        headers=headers,
-    )
 
 
 # ---------------------------------------------------------------------- body -> backend
@@ -263,7 +245,6 @@ def to_backend(
     """
     if not request.messages:
         raise ApiError("Empty input messages")
-    _check_choices(request.n)
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError(
             "Invalid top_logprobs and logprobs value, logprobs must be set to true if "
@@ -271,98 +252,39 @@ def to_backend(
         )
     if request.tools and len(request.tools) > MAX_TOOLS:
         raise ApiError(f"Too many tools: at most {MAX_TOOLS}, got {len(request.tools)}")
-    effort = request.effort(route)
-    choice = request.tool_choice or ("auto" if request.tools else "none")
+    for i, tool in enumerate(request.tools or ()):
+        if tool.type == "function" and tool.function is None:
+            raise missing(f"tools[{i}]", "function")
+    functions = [t for t in request.tools or () if t.type == "function"]
+    asked = request.effort(route)
+    choice = request.tool_choice or ("auto" if functions else "none")
+    wanted = request.response_format or ResponseFormat(type="text")
     return ChatRequest(
         messages=[m.model_dump(exclude_unset=True) for m in request.messages],
-        effort=effort,
-        sampling=sampled(
+        effort=asked,
+        sampling=request.sampled(
             request.max_completion_tokens if request.max_tokens is None else request.max_tokens,
-            request.temperature,
-            request.top_p,
             request.seed,
             (request.top_logprobs or 0) if request.logprobs else None,
-            ignored=official_sampling and effort != "none",
+            ignored=official_sampling and asked != "none",
         ),
-        tools=[t.model_dump(exclude_unset=True) for t in request.tools or []],
+        tools=[t.model_dump(exclude_unset=True) for t in functions],
         tool_choice=choice if isinstance(choice, str) else "required",
         tool_name=choice.function.name if isinstance(choice, NamedChoice) else None,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         stop=stops(request.stop),
-        schema=_schema(request.response_format),
-        max_thinking_tokens=thinking_budget(request.max_thinking_tokens),
+        schema=schema(wanted.type, wanted.json_schema, "response_format"),
+        max_thinking_tokens=request.budget,
         namespace=namespace(request.user_id or request.user),
     )
 
 
-def sampled(
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    seed: int | None = None,
-    logprobs: int | None = None,
-    *,
-    ignored: bool = False,
-) -> SamplingParams:
-    """Sampling parameters, checked. With ``ignored`` temperature and top_p have no effect."""
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=1.0 if temperature is None else temperature,
-        top_p=1.0 if top_p is None else top_p,
-        seed=seed,
-        logprobs=logprobs,
-    )
-    return replace(params, temperature=1.0, top_p=1.0) if ignored else params
-
-
-def stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    found = [stop] if isinstance(stop, str) else list(stop or ())
-    if len(found) > MAX_STOPS:
-        raise ApiError(f"Stop string array too long: {len(found)}")
-    return tuple(s for s in found if s)
-
-
-def thinking_budget(tokens: int | None) -> int | None:
-    if tokens is not None and tokens < 0:
-        raise ApiError(
-            "Invalid max_thinking_tokens value, the valid range of max_thinking_tokens is [0, inf)"
-        )
-    return tokens
-
-
-def namespace(user: object) -> str:
-    """Any user id as a short name; clients send names, numbers, even JSON."""
-    return hashlib.sha256(str(user).encode()).hexdigest()[:16] if user else ""
-
-
-def _check_choices(n: int | None) -> None:
-    if n is not None and not 1 <= n <= MAX_CHOICES:
-        raise ApiError(f"Invalid n value, the valid range of n is [1, {MAX_CHOICES}]")
-
-
-def _schema(wanted: ResponseFormat | None) -> dict[str, Any] | None:
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.json_schema is None or wanted.json_schema.wanted is None:
-        raise ApiError("Invalid response_format: json_schema needs a schema")
-    return wanted.json_schema.wanted
-
-
 def fill_order(request: CompletionRequest) -> FillRequest:
     """What the backend is asked to do. Raises ApiError or RequestError."""
-    _check_choices(request.n)
     return FillRequest(
-        request.prompt if isinstance(request.prompt, str) else request.prompt[0],
+        request.text,
         request.suffix,
-        sampled(
-            request.max_tokens,
-            request.temperature,
-            request.top_p,
-            request.seed,
-            request.logprobs,
-        ),
+        request.sampled(request.max_tokens, request.seed, request.logprobs),
         stops(request.stop),
     )
 
@@ -385,9 +307,7 @@ class Answers(Closing[Numbered]):
         return self._begun[0].prefilled
 
 
-async def answers(
-    backend: Backend, order: ChatRequest | FillRequest, n: int
-) -> Answers:
+async def answers(backend: Backend, order: ChatRequest | FillRequest, n: int) -> Answers:
     """``n`` answers to one order at once, each event with its answer's number.
 
     With a seed the answers still differ: each has the next one. Raises what ``chat`` raises.
@@ -447,13 +367,11 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 
 def total(usages: Sequence[Usage]) -> Usage:
-    """Of several answers to one prompt, which is counted once."""
-    return Usage(
-        max(u.prompt_tokens for u in usages),
-        sum(u.completion_tokens for u in usages),
-        max(u.cached_tokens for u in usages),
-        sum(u.reasoning_tokens for u in usages),
-        max(usages, key=lambda u: u.cached_tokens).reuse,
+    """Of several answers to one prompt, which is counted once: as the first of them found it."""
+    return replace(
+        usages[0],
+        completion_tokens=sum(u.completion_tokens for u in usages),
+        reasoning_tokens=sum(u.reasoning_tokens for u in usages),
     )
 
 
@@ -488,10 +406,10 @@ class ChatCompletion:
     ) -> None:
         self._thinking = order.effort != "none"
         self._logprobs = bool(request.logprobs)
-        self._n = request.n or 1
-        options = request.stream_options
-        self._include_usage = bool(options and options.include_usage)
+        self._n = request.answers
+        self._include_usage = request.includes_usage
         self._head = _head(model)
+        self._note = note(model, order.effort)
 
     async def whole(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
         """The ``chat.completion`` object, as the only chunk."""
@@ -500,7 +418,8 @@ class ChatCompletion:
             messages[number].take(event)
         choices = [self._choice(i, m) for i, m in enumerate(messages)]
         usage = usage_body(total([m.finish.usage for m in messages]))
-        yield dumps(self._head | {"object": "chat.completion", "choices": choices, "usage": usage})
+        whole = {"object": "chat.completion", "choices": choices, "usage": usage}
+        yield dumps(self._head | whole | self._note)
 
     def _choice(self, index: int, said: _Message) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(said.content)}
@@ -508,7 +427,7 @@ class ChatCompletion:
             message["reasoning_content"] = "".join(said.reasoning)
         if said.calls:
             message["tool_calls"] = said.calls
-        scores = {k: [logprob_body(s) for s in v] for k, v in said.scores.items()}
+        scores = {k: [s.body() for s in v] for k, v in said.scores.items()}
         return {
             "index": index,
             "message": message,
@@ -516,7 +435,7 @@ class ChatCompletion:
             "finish_reason": said.finish.reason,
         }
 
-    async def chunks(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
+    async def stream(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
         """Server-sent events of ``chat.completion.chunk`` objects, then ``[DONE]``.
 
         Usage comes once, on the last chunk that has a finish reason. With
@@ -526,7 +445,7 @@ class ChatCompletion:
         if self._thinking:
             first |= {"content": None, "reasoning_content": ""}
         opened: set[int] = set()
-        usages: list[Usage] = []
+        usages: dict[int, Usage] = {}
         async for number, event in events:
             if number not in opened:
                 opened.add(number)
@@ -545,8 +464,8 @@ class ChatCompletion:
                 yield self._chunk(number, {"tool_calls": [start]})
                 yield self._chunk(number, {"tool_calls": [rest]})
             elif isinstance(event, Finish):
-                usages.append(event.usage)
-                last = usage_body(total(usages)) if len(usages) == self._n else None
+                usages[number] = event.usage
+                last = _last(usages) if len(usages) == self._n else None
                 yield self._chunk(number, {}, finish=event.reason, usage=last)
         yield DONE
 
@@ -559,12 +478,12 @@ class ChatCompletion:
         finish: str | None = None,
         usage: dict[str, Any] | None = None,
     ) -> str:
-        logprobs = {scored: [logprob_body(s) for s in scores]} if scores else None
+        logprobs = {scored: [s.body() for s in scores]} if scores else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         chunk = self._head | {"object": "chat.completion.chunk", "choices": [choice]}
         if usage is not None or self._include_usage:
             chunk["usage"] = usage
-        return sse(chunk)
+        return sse(chunk if usage is None else chunk | self._note)
 
 
 class TextCompletion:
@@ -572,11 +491,9 @@ class TextCompletion:
 
     def __init__(self, model: ModelInfo, request: CompletionRequest) -> None:
         self._scored = request.logprobs is not None
-        self._n = request.n or 1
-        prompt = request.prompt if isinstance(request.prompt, str) else request.prompt[0]
-        self._echo = prompt if request.echo else ""
-        options = request.stream_options
-        self._include_usage = bool(options and options.include_usage)
+        self._n = request.answers
+        self._echo = request.text if request.echo else ""
+        self._include_usage = request.includes_usage
         self._head = _head(model) | {"object": "text_completion"}
 
     async def whole(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
@@ -594,10 +511,10 @@ class TextCompletion:
         usage = usage_body(total([m.finish.usage for m in said]))
         yield dumps(self._head | {"choices": choices, "usage": usage})
 
-    async def chunks(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
+    async def stream(self, events: AsyncIterator[Numbered]) -> AsyncGenerator[str, None]:
         """Server-sent events of ``text_completion`` objects, then ``[DONE]``."""
         lengths = [0] * self._n
-        usages: list[Usage] = []
+        usages: dict[int, Usage] = {}
         for number in range(self._n) if self._echo else ():
             lengths[number] = len(self._echo)
             yield self._chunk(self._choice(number, self._echo, (), 0, None))
@@ -607,8 +524,8 @@ class TextCompletion:
                 lengths[number] += len(event.text)
                 yield self._chunk(choice)
             elif isinstance(event, Finish):
-                usages.append(event.usage)
-                last = usage_body(total(usages)) if len(usages) == self._n else None
+                usages[number] = event.usage
+                last = _last(usages) if len(usages) == self._n else None
                 yield self._chunk(self._choice(number, "", (), lengths[number], event.reason), last)
         yield DONE
 
@@ -654,12 +571,8 @@ def _call(call: ToolCall, arguments: str) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def logprob_body(entry: TokenLogprob) -> dict[str, Any]:
-    def one(text: str, raw: bytes, value: float) -> dict[str, Any]:
-        return {"token": text, "logprob": value, "bytes": list(raw)}
-
-    top = [one(t.text, t.raw, t.logprob) for t in entry.top]
-    return one(entry.text, entry.raw, entry.logprob) | {"top_logprobs": top}
+def _last(usages: Mapping[int, Usage]) -> dict[str, Any]:
+    return usage_body(total([usages[number] for number in sorted(usages)]))
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
 from starlette.responses import Response
 
 from .backend import (
@@ -29,19 +28,9 @@ from .backend import (
     ToolCall,
     Usage,
 )
-from .models import Route, Service, notes
-from .openai import Effort, logprob_body, namespace, sampled, thinking_budget
-from .wire import (
-    ApiError,
-    Closing,
-    LiveResponse,
-    Loose,
-    deserialize,
-    dumps,
-    read_json,
-    sse,
-    waiting,
-)
+from .models import Route, Service
+from .surface import BASES, AskedChat, Choice, Effort, Schema, effort, live, namespace, note, schema
+from .wire import ApiError, Loose, deserialize, dumps, read_json, sse, waiting
 
 LOGPROBS = "message.output_text.logprobs"  # in ``include``
 PATCH = "apply_patch"  # the one tool whose input is free text
@@ -60,27 +49,20 @@ class Reasoning(Loose):
     effort: Effort | None = None
 
 
-class TextFormat(Loose):
+class TextFormat(Schema):
     type: Literal["text", "json_object", "json_schema"] = "text"
-    # not called ``schema``: pydantic has a method of that name
-    wanted: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class TextOptions(Loose):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(Loose):
+class ResponsesRequest(AskedChat):
     """The body of POST /responses."""
 
-    model: str = ""
     input: str | list[Any] | None = None
     instructions: str | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     max_output_tokens: int | None = None
-    max_thinking_tokens: int | None = None
     top_logprobs: int | None = None
     include: Any = None
     tools: list[dict[str, Any]] | None = None
@@ -101,34 +83,26 @@ def router(service: Service) -> APIRouter:
     """The routes of this surface."""
     routes = APIRouter()
 
-    @routes.post("/v1/responses")
-    @routes.post("/responses")
-    @routes.post("/beta/responses")
     async def responses(request: Request) -> Response:
         asked = deserialize(ResponsesRequest, await read_json(request))
         route = service.models.route(asked.model)
         wants = _read(asked)
         order = to_backend(asked, wants, route, official_sampling=service.official_sampling)
         events = await route.backend.chat(order)
-        answer = Answer(route.backend.model, asked, wants)
-        if asked.stream:
-            return LiveResponse(
-                Closing(answer.stream(events), events.aclose),
-                media_type="text/event-stream",
-                idle=lambda: waiting(events.prefilled),
-                failure=answer.failure,
-                interval=service.keep_alive,
-                headers=notes(route.backend.model, order.effort),
-            )
-        return LiveResponse(
-            Closing(answer.whole(events), events.aclose),
-            media_type="application/json",
-            idle="\n",
-            failure=lambda error: dumps(error.body()),
-            interval=service.keep_alive,
-            headers=notes(route.backend.model, order.effort),
+        said = note(route.backend.model, order.effort)
+        answer = Answer(route.backend.model, asked, wants, said)
+        return live(
+            service,
+            answer.stream(events) if asked.stream else answer.whole(events),
+            events,
+            stream=asked.stream,
+            idle=lambda: waiting(events.prefilled),
+            failure=answer.failure,
+            said=said,
         )
 
+    for base in BASES:
+        routes.post(f"{base}/responses")(responses)
     return routes
 
 
@@ -150,37 +124,28 @@ def to_backend(
     request: ResponsesRequest, wants: _Wants, route: Route, *, official_sampling: bool = False
 ) -> ChatRequest:
     """What the backend is asked to do. Raises ApiError or RequestError for values out of range."""
-    effort = request.reasoning.effort if request.reasoning else None
-    effort = effort or ("none" if route.thinks is False else "high")
+    asked = effort(None, request.reasoning.effort if request.reasoning else None, route)
     choice, name = _choice(request.tool_choice, wants)
-    wanted = request.text.format if request.text else None
-    kind = wanted.type if wanted else "text"
-    schema = wanted.wanted if wanted and kind == "json_schema" else None
-    if kind == "json_schema" and schema is None:
-        raise ApiError("Invalid text.format: json_schema needs a schema")
+    wanted = (request.text.format if request.text else None) or TextFormat()
     return ChatRequest(
         messages=wants.messages,
-        effort=effort,
-        sampling=sampled(
+        effort=asked,
+        sampling=request.sampled(
             request.max_output_tokens,
-            request.temperature,
-            request.top_p,
             logprobs=request.logprobs,
-            ignored=official_sampling and effort != "none",
+            ignored=official_sampling and asked != "none",
         ),
         tools=[] if wants.compacts else wants.tools,
         tool_choice=choice,
         tool_name=name,
         parallel_tool_calls=request.parallel_tool_calls is not False,
-        schema={"type": "object"} if kind == "json_object" else schema,
-        max_thinking_tokens=thinking_budget(request.max_thinking_tokens),
+        schema=schema(wanted.type, wanted, "text.format"),
+        max_thinking_tokens=request.budget,
         namespace=namespace(request.user),
     )
 
 
-def _choice(
-    choice: str | dict[str, Any] | None, wants: _Wants
-) -> tuple[Literal["none", "auto", "required"], str | None]:
+def _choice(choice: str | dict[str, Any] | None, wants: _Wants) -> tuple[Choice, str | None]:
     if not wants.tools or wants.compacts or choice == "none":
         return "none", None
     if choice == "required":
@@ -364,11 +329,14 @@ def _unpacked(data: str) -> str:
 class Answer:
     """Writes one response, whole or as a stream of events."""
 
-    def __init__(self, model: ModelInfo, request: ResponsesRequest, wants: _Wants) -> None:
+    def __init__(
+        self, model: ModelInfo, request: ResponsesRequest, wants: _Wants, said: dict[str, str]
+    ) -> None:
         self._wants = wants
         self._number = -1
         self._output: list[dict[str, Any]] = []
-        effort = request.reasoning.effort if request.reasoning else None
+        thinks = request.reasoning.effort if request.reasoning else None
+        text = request.text.model_dump(by_alias=True, exclude_none=True) if request.text else {}
         self._object: dict[str, Any] = {
             "id": _id("resp"),
             "object": "response",
@@ -383,10 +351,10 @@ class Answer:
             "output": [],
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": effort, "summary": None},
+            "reasoning": {"effort": thinks, "summary": None},
             "store": False,
             "temperature": 1.0 if request.temperature is None else request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text"}} | text,
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
             "top_logprobs": request.top_logprobs or 0,
@@ -396,6 +364,7 @@ class Answer:
             "user": request.user,
             "metadata": {},
             "system_fingerprint": model.fingerprint,
+            **said,
         }
 
     async def whole(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
@@ -449,7 +418,7 @@ class Answer:
                 name = "reasoning_text" if kind == "reasoning" else "output_text"
                 place = {"item_id": item["id"], **self._place, "content_index": 0}
                 if kind == "message":
-                    place["logprobs"] = [logprob_body(s) for s in event.logprobs]
+                    place["logprobs"] = [s.body() for s in event.logprobs]
                     part["logprobs"] += place["logprobs"]
                 yield f"response.{name}.delta", {**place, "delta": event.text}
             elif isinstance(event, ToolCall):
@@ -458,7 +427,7 @@ class Answer:
                 item = None
                 for step in self._called(event):
                     yield step
-        for step in self._closed(item):
+        for step in self._closed(item, whole=finish.reason != "length"):
             yield step
         if self._wants.compacts:
             packed = _packed("".join(summary))
@@ -493,10 +462,12 @@ class Answer:
         place = {"item_id": item["id"], **self._place, "content_index": 0}
         yield "response.content_part.added", {**place, "part": item["content"][0]}
 
-    def _closed(self, item: dict[str, Any] | None) -> Iterable[tuple[str, dict[str, Any]]]:
+    def _closed(
+        self, item: dict[str, Any] | None, whole: bool = True
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
         if item is None:
             return
-        item["status"] = "completed"
+        item["status"] = "completed" if whole else "incomplete"
         part = item["content"][0]
         place = {"item_id": item["id"], **self._place, "content_index": 0}
         if item["type"] == "reasoning":

@@ -16,6 +16,7 @@ from .accounts import AccountError, Caller
 from .database import LOCAL, Database
 from .ledger import GROUPINGS, Ledger, UsageRow, usage
 from .prices import dollars
+from .surface import BASES
 
 _STYLE = """
 :root{color-scheme:light dark}
@@ -52,7 +53,6 @@ def balance_routes(ledger: Ledger) -> APIRouter:
     """
     routes = APIRouter()
 
-    @routes.get("/user/balance")
     def balance(request: Request) -> dict[str, Any]:
         left = ledger.balance(request.state.caller)
         amount = dollars(max(0, left or 0))
@@ -64,6 +64,8 @@ def balance_routes(ledger: Ledger) -> APIRouter:
         }
         return {"is_available": left is None or left > 0, "balance_infos": [info]}
 
+    for base in BASES:
+        routes.get(f"{base}/user/balance")(balance)
     return routes
 
 

@@ -27,6 +27,7 @@ from .accounts import AccountError
 MAX_BODY = 64 << 20  # bytes; a million tokens of text are about 4 MB
 KEEP_ALIVE = 10.0  # seconds of silence after which a sign of life is sent
 DONE = "data: [DONE]\n\n"
+_UNREADABLE = "Failed to deserialize the JSON body into the target type: "
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
@@ -119,10 +120,7 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise ApiError(f"Failed to parse the request body as JSON: {error}") from error
     if not isinstance(data, dict):
         kind = type(data).__name__
-        raise ApiError(
-            f"Failed to deserialize the JSON body into the target type: expected an object, "
-            f"got {kind}"
-        )
+        raise ApiError(f"{_UNREADABLE}expected an object, got {kind}")
     return _well_formed(data) if b"\\u" in body else data
 
 
@@ -137,9 +135,12 @@ def deserialize(kind: type[Body], body: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        raise ApiError(
-            f"Failed to deserialize the JSON body into the target type: {_serde(error, body)}"
-        ) from error
+        raise ApiError(_UNREADABLE + _serde(error, body)) from error
+
+
+def missing(where: str, field: str) -> ApiError:
+    """That a part of the body lacks a field, in the same words."""
+    return ApiError(f"{_UNREADABLE}{where}: missing field `{field}`")
 
 
 def _serde(error: ValidationError, body: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ export const CALCULATOR = {
       properties: { expression: { type: "string", description: "The expression" } },
       required: ["expression"],
     },
+    strict: true, // a small model may write another name, which would be no call
   },
 };
 
