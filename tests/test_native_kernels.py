@@ -30,9 +30,16 @@ BOTH = pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
 few = settings(max_examples=25, deadline=None)
 
 
-@pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
+# Tiles sum in an order of their own: amx is the same bits in itself, the others among themselves.
+ALIKE = [[isa for isa in native.isas() if (isa == "amx") == tiles] for tiles in (True, False)]
+using: list[str] = []
+
+
+@pytest.fixture(autouse=True, params=[isas for isas in ALIKE if isas], ids=lambda isas: isas[0])
+def inference(request: pytest.FixtureRequest) -> Iterator[None]:
     best, threads = native.isa(), torch.get_num_threads()
+    using[:] = request.param
+    native.use(using[0])
     with torch.inference_mode():
         yield
     native.use(best)
@@ -42,9 +49,9 @@ def inference() -> Iterator[None]:
 def every_way(f: Callable[[], Any]) -> Any:
     """``f()``, which must be the same bits with every instruction set and number of threads."""
     results = []
-    for isa in native.isas():
+    for isa in using:
         native.use(isa)
-        for threads in (1, 2, 4) if isa == native.isas()[0] else (2,):
+        for threads in (1, 2, 4) if isa == using[0] else (2,):
             torch.set_num_threads(threads)
             got = f()
             results.append(got if isinstance(got, tuple) else (got,))
@@ -98,6 +105,26 @@ def test_linear(fmt: str, dtype: torch.dtype, rows: int, outputs: int, inputs: i
         close(got, exact.float(), 4)
         if dtype == BF16 and fmt != "f32":  # rounded once, at the end
             assert torch.equal(native.linear(x, *weight, BF16), got.to(BF16))
+
+
+def test_tiles_sum_in_their_order() -> None:
+    """Per 32 inputs, those at even places and those at odd ones from zero; their sum is added."""
+    if native.isa() != "amx":
+        pytest.skip("for amx")
+    outputs, inputs = 19, 32 * 9
+    w, x = stored("bf16", outputs, inputs).weight, activations(3, inputs, BF16)
+    x[:, ::7] *= 2.0**-30  # sums that are rounded away
+    wanted = torch.zeros(3, outputs)
+    for tile in range(0, inputs, 32):
+        chains = []
+        for first in (tile, tile + 1):
+            chain = torch.zeros(3, outputs)
+            for i in range(first, tile + 32, 2):
+                product = x[:, i, None].double() * w[:, i].double()  # exact, and so is the sum
+                chain = (chain.double() + product).float()
+            chains.append(chain)
+        wanted = wanted + (chains[0] + chains[1])
+    assert torch.equal(native.linear(x, w, None, F32), wanted)
 
 
 @pytest.mark.parametrize("fmt", ["fp4", "fp8", "bf16"])

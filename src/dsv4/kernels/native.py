@@ -2,7 +2,8 @@
 
 Each promises what its reference does, to the rounding of the result, and more: a row's result is
 the same bit for bit whatever the other rows, their number, the number of threads and the
-instruction set. What they do not take (a gradient, another device or dtype) goes to the reference.
+instruction set (amx sums in an order of its own). What they do not take (a gradient, another device
+or dtype) goes to the reference.
 
 ``isas()`` lists the instruction sets that this machine has, best first; ``use`` chooses one, as
 does the environment variable DSV4_ISA at import.

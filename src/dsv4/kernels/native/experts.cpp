@@ -38,7 +38,7 @@ void routed_experts(const std::vector<Expert>& experts, const Rows& x, const int
     for (size_t e = 0; e < experts.size(); e++) {
       if (first[e] < first[e + 1]) each_matrix(products, experts[e], first[e], first[e + 1]);
     }
-    run(products, threads);
+    run(std::move(products), threads);
   };
 
   const Format format = experts[0].gate.format;
@@ -50,7 +50,7 @@ void routed_experts(const std::vector<Expert>& experts, const Rows& x, const int
   auto up = make_array<char>(pairs * width * element);
   multiply([&](std::vector<Product>& products, const Expert& expert, int64_t begin, int64_t end) {
     for (auto [weight, to] : {std::pair{&expert.gate, gate.get()}, {&expert.up, up.get()}}) {
-      products.push_back({weight, 0, width, xs.get(), x_bytes, as_pair, &row_of[begin],
+      products.push_back({weight, 0, width, xs.get(), x_bytes, as_pair, 0, &row_of[begin],
                           end - begin, to + begin * width * element, width, x.is_bf16});
     }
   });
@@ -68,7 +68,7 @@ void routed_experts(const std::vector<Expert>& experts, const Rows& x, const int
   auto parts = make_array<char>(pairs * inputs * element);
   multiply([&](std::vector<Product>& products, const Expert& expert, int64_t begin, int64_t end) {
     products.push_back({&expert.down, 0, inputs, acts.get() + begin * act_bytes, act_bytes, as_pair,
-                        nullptr, end - begin, parts.get() + begin * inputs * element, inputs,
+                        0, nullptr, end - begin, parts.get() + begin * inputs * element, inputs,
                         x.is_bf16});
   });
 

@@ -32,22 +32,6 @@ constexpr int WORDS = WIDTH / 8; // of such a packed key, without its scales
 
 // ---------------------------------------------------------------- columns
 
-// Numbers of the first eight vectors and of the last eight in turn.
-inline void riffle(const u32x16* from, u32x16* to) {
-  for (int i = 0; i < 8; i++) {
-    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5,
-                                        21, 6, 22, 7, 23);
-    to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12,
-                                            28, 13, 29, 14, 30, 15, 31);
-  }
-}
-
-// Rows become columns.
-inline void transpose(u32x16* v) {
-  u32x16 t[16];
-  riffle(v, t), riffle(t, v), riffle(v, t), riffle(t, v);
-}
-
 // Where the keys first .. first + 15 are; from `end` on, the last one again.
 inline void find_keys(const IndexTopk& job, int64_t first, int64_t end, const char** keys) {
   first = std::min(first, end - 1);

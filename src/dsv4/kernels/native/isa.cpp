@@ -1,11 +1,17 @@
 // The table of one instruction set.
 #include "kernels.h"
+#include "tiles.h"
 #include "training.h"
 #include "vector.h"
 
 namespace DSV4_ISA {
 
 dsv4::Arrange arrange;
+#if DSV4_TILES
+dsv4::Pack pack;
+#else
+constexpr dsv4::Pack* pack = nullptr;
+#endif
 dsv4::Multiply multiply;
 dsv4::Swiglu swiglu;
 dsv4::Add add;
@@ -24,9 +30,9 @@ dsv4::Select select;
 
 extern const dsv4::Training training;
 extern const dsv4::Isa isa;
-const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange,   multiply,    swiglu, add, norm,
-                       rope,          round_fp8,       round_fp4, hc_read,     hc_expand,
-                       sinkhorn,      pool,            route,     attend,      index_best,
+const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange,   pack,    multiply,  swiglu,
+                       add,           norm,            rope,      round_fp8, round_fp4, hc_read,
+                       hc_expand,     sinkhorn,        pool,      route,   attend,    index_best,
                        select,        &training};
 
 }  // namespace DSV4_ISA

@@ -36,6 +36,7 @@ struct Product {
   const uint8_t* x;
   int64_t x_bytes;  // of one arranged row
   bool pairs;       // how x is arranged
+  int64_t group;    // of how many rows x is packed; 0: not at all
   const int64_t* pick;
   int64_t rows;
   void* out;
@@ -43,12 +44,18 @@ struct Product {
   bool out_bf16;
 };
 
-constexpr int64_t PRODUCT_WORKSPACE = 160 << 10;  // bytes that Multiply needs
+constexpr int64_t TILE_COLUMNS = 128, TILE_ROWS = 512;  // at most of a Product of packed rows
+constexpr int64_t PRODUCT_WORKSPACE = 512 << 10;        // bytes that Multiply needs
 
 // One row of activations in the order in which weights of `format` are read, filled up with zeros
 // to arranged_bytes(). As pairs of bfloat16, or as float32.
 using Arrange = void(const void* from, bool is_bf16, int64_t inputs, Format format, bool pairs,
                      uint8_t* to);
+
+// Up to 16 arranged rows side by side in the order in which tiles take them: from vector to vector
+// sixteen times `group` pairs, of which the rows after the last one are zero.
+using Pack = void(const uint8_t* const* rows, int64_t count, int64_t group, int64_t bytes,
+                  uint8_t* to);
 
 // A result depends on its two rows only: not on how many rows there are, or where they are.
 using Multiply = void(const Product& job, uint8_t* workspace);
@@ -222,11 +229,12 @@ using Select = void(const float* scores, int64_t count, int64_t k, int64_t* out,
 
 constexpr int64_t MAX_STREAMS = 8;
 
-// The kernels of one instruction set. All of them give the same bits.
+// The kernels of one instruction set. All give the same bits, but for those that pack.
 struct Isa {
   const char* name;
   bool has_pairs;  // multiplies bfloat16 in hardware: bfloat16 activations stay pairs
   Arrange* arrange;
+  Pack* pack;  // null: pairs are multiplied as they are arranged
   Multiply* multiply;
   Swiglu* swiglu;
   Add* add;

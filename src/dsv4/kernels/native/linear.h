@@ -18,7 +18,7 @@ void arrange_rows(const Rows& x, int64_t inputs, Format format, bool pairs, uint
 bool as_pairs(bool x_is_bf16, Format format);
 
 // Computes all products. They may be of any sizes; the work is cut evenly.
-void run(const std::vector<Product>& products, int threads);
+void run(std::vector<Product> products, int threads);
 
 // x [count, groups * inputs] times each group's rows of the weight; out [count, weight.rows].
 void linear(const Rows& x, const Weight& weight, int groups, void* out, bool out_bf16, int threads);

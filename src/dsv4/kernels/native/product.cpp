@@ -5,6 +5,7 @@
 // weight is unpacked into the cache first. The order of every sum is the same either way.
 #include "functions.h"
 #include "kernels.h"
+#include "product_tiles.h"
 #include "weights.h"
 
 namespace DSV4_ISA {
@@ -15,13 +16,22 @@ using dsv4::Product;
 // ---------------------------------------------------------------- activations
 
 typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 
 // The same as four vectors of pairs in the order of `input_at`.
 inline Step in_pairs(const uint16_t* x, Format format) {
   Step out;
   auto* to = reinterpret_cast<uint8_t*>(&out);
-  if (format == Format::fp4) {  // words 4 w + v of every w
+  if (DSV4_TILES && format == Format::fp4) {  // of every sixteen words every second one
+    for (int part = 0; part < 8; part++) {
+      u32x8 both = load<u32x8>(x + 16 * part);
+      for (int v = 0; v < 2; v++) {
+        uint8_t* at = to + 64 * (part % 2 * 2 + v) + 16 * (part / 2);
+        store(at, __builtin_convertvector(both >> 16 * v, u16x8));
+      }
+    }
+  } else if (format == Format::fp4) {  // words 4 w + v of every w
     for (int part = 0; part < 4; part++) {
       u64x8 fours = load<u64x8>(x + 32 * part);
       for (int v = 0; v < 4; v++) {
@@ -290,9 +300,31 @@ void by_format(const Product& job, uint8_t* workspace) {
 
 }  // namespace
 
+#if DSV4_TILES
+void pack(const uint8_t* const* rows, int64_t count, int64_t group, int64_t bytes, uint8_t* to) {
+  const __mmask16 some = (__mmask16)((1u << group) - 1);
+  for (int64_t at = 0; at < bytes; at += 64) {
+    u32x16 v[16] = {};
+    for (int64_t i = 0; i < count; i++) v[i] = load<u32x16>(rows[i] + at);
+    transpose(v);
+    for (int i = 0; i < 16; i++, to += 4 * group) {
+      _mm512_mask_storeu_epi32(to, some, (__m512i)v[i]);
+    }
+  }
+}
+#endif
+
 void multiply(const Product& job, uint8_t* workspace) {
   FlushSubnormals guard;
-#if DSV4_PAIRS
+#if DSV4_TILES
+  if (job.pairs) {
+    switch (job.weight->format) {
+      case Format::fp4: return multiply_with_tiles<Fp4Row>(job, workspace);
+      case Format::fp8: return multiply_with_tiles<Fp8Row>(job, workspace);
+      default: return multiply_with_tiles<Bf16Row>(job, workspace);
+    }
+  }
+#elif DSV4_PAIRS
   if (job.pairs) return by_format<Pairs>(job, workspace);
 #endif
   if (job.weight->format == Format::f32) return by_rows<Singles, F32Row>(job, workspace);

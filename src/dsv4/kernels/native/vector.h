@@ -1,4 +1,5 @@
 // The vector layer: sixteen lanes of float32 on every processor, and the same bits on all of them.
+// (tiles.h has what only AMX has.)
 //
 // Sources are compiled once for each instruction set (see CMakeLists.txt); DSV4_ISA names the
 // namespace. Vectors are those of GCC and Clang, so a processor without 512-bit registers, or one
@@ -125,6 +126,22 @@ inline f32x16 sums(const f32x16* v) {
                                  30) +
          __builtin_shufflevector(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29,
                                  31);
+}
+
+// Numbers of the first eight vectors and of the last eight in turn.
+inline void riffle(const u32x16* from, u32x16* to) {
+  for (int i = 0; i < 8; i++) {
+    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5,
+                                        21, 6, 22, 7, 23);
+    to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12,
+                                            28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// Rows become columns.
+inline void transpose(u32x16* v) {
+  u32x16 t[16];
+  riffle(v, t), riffle(t, v), riffle(v, t), riffle(t, v);
 }
 
 // ---------------------------------------------------------------- bfloat16

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace DSV4_ISA {
@@ -32,7 +33,11 @@ inline int clamp(int x, int low, int high) { return x < low ? low : x > high ? h
 // The input that is word w of vector v of a step.
 constexpr int input_at(Format format, int v, int w) {
   switch (format) {
+#if DSV4_TILES
+    case Format::fp4: return w / 8 * 32 + v / 2 * 16 + w % 8 * 2 + v % 2;
+#else
     case Format::fp4: return 4 * w + v;
+#endif
     case Format::fp8: return 64 * (v / 2) + w / 8 * 16 + v % 2 * 8 + w % 8;
     default: return 32 * v + w;
   }
@@ -51,11 +56,34 @@ inline u32x16 scaled(u32x16 pairs, u16x32 shift) {
 // and, with PAIRS,
 //   dot<ROWS>(i, x, acc)    acc[m] += the products of step i with the arranged activations x[m]
 // where a step's products are summed first, and then added to acc. To multiply that sum by the
-// scale is the same as to multiply the weights by it, as long as nothing over- or underflows.
+// scale is the same as to multiply the weights by it, as long as nothing over- or underflows. With
+// DSV4_TILES,
+//   unpack(i, to, pitch)    step i to memory, `pitch` bytes from vector to vector
+//   unpack4(i, to, pitch)   the same for steps i .. i + 3
 
 // ---------------------------------------------------------------- FP4
 //
 // Two codes a byte, a scale for every 32 inputs, taken to be within 2^-125 .. 2^125.
+
+#if DSV4_TILES
+struct Fp4Tables {
+  uint8_t large[64];       // low bytes of the values times 2^125, but for zero; then high ones
+  uint16_t spread[4][32];  // byte 4 i + q to all words of quarter q, above
+  constexpr Fp4Tables() : large(), spread() {
+    constexpr int MAGNITUDES[8] = {0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0};
+    for (int code = 0; code < 16; code++) {
+      const int magnitude = MAGNITUDES[code % 8];
+      const int bits = magnitude ? magnitude + (125 << 7) + (code / 8 << 15) : 0;
+      large[code] = large[code + 32] = bits & 0xFF;
+      large[code + 16] = large[code + 48] = (uint8_t)(bits >> 8);
+    }
+    for (int w = 0; w < 32; w++) {
+      for (int i = 0; i < 4; i++) spread[i][w] = (uint16_t)((4 * i + w / 8) << 8 | 0x80);
+    }
+  }
+};
+alignas(64) constexpr Fp4Tables FP4_TABLES;
+#endif
 
 struct Fp4Row {
   static constexpr int BITS = 4;
@@ -81,6 +109,11 @@ struct Fp4Row {
   }
 
   static Step unpack(const uint8_t* from, const uint8_t* scale) {
+#if DSV4_TILES
+    Step out;
+    unpack_some(from, _mm_loadu_si32(scale), reinterpret_cast<uint8_t*>(&out), 64, 1);
+    return out;
+#else
     u16x32 shift;  // each scale for eight words
     for (int block = 0; block < 4; block++) {
       uint16_t one = (uint16_t)((clamp(scale[block], 2, 252) - 127) * 128);
@@ -90,6 +123,7 @@ struct Fp4Row {
     Step out;
     for (int v = 0; v < 4; v++) out.v[v] = scaled(values(four >> 4 * v), shift);
     return out;
+#endif
   }
 
   // The values of the codes in the lowest four bits of each word.
@@ -131,6 +165,43 @@ struct Fp4Row {
     }
   }
 #endif
+
+#if DSV4_TILES
+  // Values are looked up 2^125 times too large. One subtraction from the exponent then brings in
+  // the scale, and stops at zero, where zero stays.
+  __attribute__((always_inline)) void unpack4(int64_t first, uint8_t* to, int64_t pitch) const {
+    const __m128i scale = _mm_loadu_si128((const __m128i*)(scales + 4 * first));
+    unpack_some(codes + 64 * first, scale, to, pitch, 4);
+  }
+
+  void unpack(int64_t first, uint8_t* to, int64_t pitch) const {
+    unpack_some(codes + 64 * first, _mm_loadu_si32(scales + 4 * first), to, pitch, 1);
+  }
+
+  __attribute__((always_inline)) static void unpack_some(const uint8_t* from, __m128i scale,
+                                                         uint8_t* to, int64_t pitch, int count) {
+    const __m512i values = _mm512_load_si512(FP4_TABLES.large);
+    scale = _mm_min_epu8(_mm_max_epu8(scale, _mm_set1_epi8(2)), _mm_set1_epi8((char)252));
+    const __m512i less = _mm512_broadcast_i32x4(_mm_sub_epi8(_mm_set1_epi8((char)252), scale));
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++, to += 4 * pitch) {
+      const __m512i spread = _mm512_load_si512(FP4_TABLES.spread[i]);
+      const __m512i shift = _mm512_srli_epi16(_mm512_shuffle_epi8(less, spread), 1);
+      const __m512i four = _mm512_loadu_si512(from + 64 * i);
+      // every byte twice: one looks up the low half of a value, one the high half
+      const __m512i low = _mm512_unpacklo_epi8(four, four);
+      const __m512i high = _mm512_unpackhi_epi8(four, four);
+      const __m512i code[4] = {low, _mm512_srli_epi16(low, 4), high, _mm512_srli_epi16(high, 4)};
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) {
+        const __m512i at = _mm512_ternarylogic_epi32(code[v], _mm512_set1_epi8(15),
+                                                     _mm512_set1_epi16(0x1000), 0xEA);  // & |
+        const __m512i value = _mm512_permutexvar_epi8(at, values);
+        _mm512_store_si512(to + v * pitch, _mm512_subs_epu16(value, shift));
+      }
+    }
+  }
+#endif
 };
 
 // ---------------------------------------------------------------- FP8 E4M3
@@ -143,13 +214,17 @@ constexpr uint16_t e4m3(int code) {  // code 0 .. 127 as bfloat16
   return (uint16_t)(m >= 4 ? 120 << 7 | (m - 4) << 5 : m >= 2 ? 119 << 7 | (m - 2) << 6 : m * 118 << 7);
 }
 
-struct E4m3Table {
+struct E4m3Table {  // values times 2^up, but for zero
   uint8_t low[128], high[128];
-  constexpr E4m3Table() : low(), high() {
-    for (int i = 0; i < 128; i++) low[i] = e4m3(i) & 0xFF, high[i] = e4m3(i) >> 8;
+  constexpr explicit E4m3Table(int up) : low(), high() {
+    for (int i = 0; i < 128; i++) {
+      const int bits = e4m3(i) + (i > 0 ? up << 7 : 0);
+      low[i] = bits & 0xFF, high[i] = (uint8_t)(bits >> 8);
+    }
   }
 };
-alignas(64) constexpr E4m3Table E4M3;
+alignas(64) constexpr E4m3Table E4M3(0);
+alignas(64) constexpr E4m3Table LARGE(119);
 
 struct Fp8Row {
   static constexpr int BITS = 8;
@@ -227,6 +302,32 @@ struct Fp8Row {
   }
 #endif
 
+#if DSV4_TILES
+  // As for FP4: values are looked up 2^119 times too large.
+  __attribute__((always_inline)) void unpack(int64_t i, uint8_t* to, int64_t pitch) const {
+    const uint32_t one = (uint32_t)(246 - clamp(exponent(i), 10, 246)) * 0x00800080;
+    __m512i less;  // from memory: shuffles are what there is too little of
+    asm("vpbroadcastd %1, %0" : "=v"(less) : "m"(one));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      const __m512i code = _mm512_loadu_si512(codes + 128 * i + 64 * half);
+      const __m512i low = lookup(LARGE.low, code);
+      // -0 loses its sign, and so stops at zero too
+      const __m512i sign = _mm512_subs_epu8(code, _mm512_set1_epi8(1));
+      const __m512i high = _mm512_ternarylogic_epi32(lookup(LARGE.high, code), sign,
+                                                     _mm512_set1_epi8(-128), 0xF8);
+      uint8_t* at = to + 2 * half * pitch;
+      _mm512_store_si512(at, _mm512_subs_epu16(_mm512_unpacklo_epi8(low, high), less));
+      _mm512_store_si512(at + pitch, _mm512_subs_epu16(_mm512_unpackhi_epi8(low, high), less));
+    }
+  }
+
+  __attribute__((always_inline)) void unpack4(int64_t first, uint8_t* to, int64_t pitch) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) unpack(first + i, to + 4 * i * pitch, pitch);
+  }
+#endif
+
   static u16x32 words(u16x32 code) {
     u16x32 m = code & 7, normal = ((code & 0x7F) << 4) + (120 << 7);
     u16x32 small = ((u16x32)(m >= 4) & ((m << 5) + (119 << 7))) |
@@ -269,6 +370,16 @@ struct Bf16Row {
       }
       acc[m] = acc[m] + part;
     }
+  }
+#endif
+
+#if DSV4_TILES
+  void unpack(int64_t i, uint8_t* to, int64_t pitch) const {
+    for (int v = 0; v < 4; v++) store(to + v * pitch, load<u32x16>(values + 256 * i + 64 * v));
+  }
+
+  __attribute__((always_inline)) void unpack4(int64_t first, uint8_t* to, int64_t pitch) const {
+    for (int i = 0; i < 4; i++) unpack(first + i, to + 4 * i * pitch, pitch);
   }
 #endif
 };
