@@ -167,17 +167,21 @@ def test_convert_carries_everything_over(dsv4: Command, tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsv4.cli", "synth", str(tmp_path / "m"), "--preset"]
-    running = subprocess.Popen(
-        [*command, "flash", "--scale", "0.25", "--layers", "20", "--vocab", "1000"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".m.*.partial/*.safetensors")):
-        assert running.poll() is None and time.monotonic() < deadline, running.communicate()
-        time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    for _ in range(5):  # on a busy machine it may be done before it can be stopped
+        running = subprocess.Popen(
+            [*command, "flash", "--scale", "0.25", "--layers", "20", "--vocab", "1000"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while running.poll() is None and not list(tmp_path.glob(".m.*.partial/*.safetensors")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+        if running.returncode != 0:
+            break
+        shutil.rmtree(tmp_path / "m")
     assert running.returncode == 130 and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
