@@ -17,6 +17,8 @@ from random import Random
 import pytest
 import torch
 
+import dsv4
+from dsv4 import kernels
 from dsv4.engine.disk import DiskTier, Found
 from dsv4.engine.kvstate import GRAIN, Block, Cut
 
@@ -82,6 +84,20 @@ def save(tier: DiskTier, tokens: list[int]) -> None:
     blocks, cut = timeline(tokens)
     tier.save(tokens, blocks, [cut])
     tier.flush()
+
+
+@pytest.mark.skipif(kernels.NATIVE is None, reason="native kernels are switched off")
+def test_what_sums_in_another_order_computed_is_not_used() -> None:
+    """Tiles have bits of their own; the other instruction sets share theirs, and a folder."""
+    from dsv4.kernels import native  # is there only where it was built
+
+    best, marks = native.isa(), {}
+    for isa in native.isas():
+        native.use(isa)
+        marks[isa] = dsv4.load("v4-nano").fingerprint()
+    native.use(best)
+    tiles = marks.pop("amx", "")
+    assert len(set(marks.values())) == 1 and tiles not in marks.values()
 
 
 def test_another_process_goes_on_where_one_stopped(disk: Open) -> None:

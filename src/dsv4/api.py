@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import encoding
+from . import encoding, kernels
 from .checkpoint import Checkpoint
 from .config import V4Config
 from .engine.experts import Experts, expert_budget, expert_bytes, is_routed
@@ -24,7 +24,6 @@ from .engine.memory import available
 from .engine.sample import SamplingParams, sample
 from .engine.session import Runner, Session, check_ids
 from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
-from .kernels import NATIVE
 from .model import Numerics, Pass, Transformer, check_numerics, numerics
 from .tokenizer import Tokenizer
 
@@ -134,7 +133,7 @@ class Model:
         """
         if self._checkpoint is None:
             raise ConfigError(f"{self.name} has no files", hint="save_checkpoint, then load")
-        parts = self._checkpoint.fingerprint(), self.numerics, "native" if NATIVE else "reference"
+        parts = self._checkpoint.fingerprint(), self.numerics, kernels.bits()
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def __repr__(self) -> str:

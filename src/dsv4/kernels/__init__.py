@@ -73,6 +73,19 @@ def _choose() -> str | None:
 
 NATIVE = _choose()
 
+
+def bits() -> str:
+    """What decides the bits of results: two machines that say the same compute the same.
+
+    "reference" (up to torch's own differences), "native" for all instruction sets but one, or
+    "amx", which sums in an order of its own.
+    """
+    if NATIVE is None:
+        return "reference"
+    isa: str = importlib.import_module(".native", __name__).isa()
+    return isa if isa == "amx" else "native"
+
+
 __all__ = [
     "NATIVE",
     "Mix",
@@ -81,6 +94,7 @@ __all__ = [
     "Rows",
     "Stored",
     "attention",
+    "bits",
     "compress",
     "cross_entropy",
     "fp8_round",

@@ -97,47 +97,9 @@ def head(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(x, w.to(x.dtype)) for w in slices], -1)
 
 
-LOGITS_AT_ONCE = 1 << 20  # of a loss: 4 MB in float32, in the cache
-
-
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """``-log softmax(head(x))`` at ``targets [N]``, in nats, float32 ``[N]``, for ``x [N, d]``.
-
-    Logits are made a part at a time and again for the gradient: they are never whole.
-    """
-    losses: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x, weight, targets, max(16, LOGITS_AT_ONCE // weight.shape[0])
-    )
-    return losses
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, rows):  # type: ignore[no-untyped-def]
-        typed, totals, hits = weight.to(x.dtype), [], []
-        for some, t in zip(x.split(rows), targets.split(rows), strict=True):
-            logits = wide(F.linear(some, typed))
-            totals.append(logits.logsumexp(-1))
-            hits.append(logits.gather(1, t.unsqueeze(1)).squeeze(1))
-        total = torch.cat(totals) if totals else wide(x.new_empty(0))
-        ctx.save_for_backward(x, weight, targets, total)
-        ctx.rows = rows
-        return total - torch.cat(hits) if hits else total
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight, targets, total = ctx.saved_tensors
-        typed, dx = weight.to(x.dtype), torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=total.dtype)
-        for at in range(0, len(x), ctx.rows):
-            part = slice(at, at + ctx.rows)
-            some, t = x[part], targets[part].unsqueeze(1)
-            p = wide(F.linear(some, typed)).sub_(total[part].unsqueeze(1)).exp_()
-            p.scatter_add_(1, t, p.new_full(t.shape, -1.0))
-            p = p.mul_(grad[part].unsqueeze(1)).to(x.dtype)
-            torch.mm(p, typed, out=dx[part])
-            dweight += p.T @ some
-        return dx, dweight.to(weight.dtype), None, None
+    """``-log softmax(head(x))`` at ``targets [N]``, in nats, float32 ``[N]``, for ``x [N, d]``."""
+    return F.cross_entropy(head(x, weight), targets, reduction="none")
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -612,11 +574,8 @@ def _softmax_attention(
     ``dtype`` before they meet the values, as in the reference.
     """
     b, n, h, d = q.shape
-    qs = q.reshape(b, n * h, d)
     keys = wide(keys)
-    scores = torch.baddbmm(
-        keys.new_zeros(1), wide(qs), keys.transpose(1, 2), beta=0, alpha=scale
-    ).view(b, n, h, -1)
+    scores = attention_scores(wide(q), keys, scale)
     if hidden is not None:
         scores.masked_fill_(hidden.unsqueeze(-2), -torch.inf)
     top = scores.amax(-1, keepdim=True)
@@ -626,14 +585,19 @@ def _softmax_attention(
     return out.div_(total).to(dtype)
 
 
+def attention_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Of queries ``[B, n, H, D]`` for ``keys [B, S, D]``: ``[B, n, H, S]``."""
+    b, n, h, _ = q.shape
+    return torch.baddbmm(
+        q.new_zeros(1), q.flatten(1, 2), keys.transpose(1, 2), beta=0, alpha=scale
+    ).view(b, n, h, -1)
+
+
 def attention_weights(
     q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float
 ) -> Tensor:
     """Of queries ``[B, n, H, D]`` for ``keys [B, 1 + S, D]``: ``[B, n * H, 1 + S]``."""
-    b, n, h, _ = q.shape
-    scores = torch.baddbmm(
-        q.new_zeros(1), q.flatten(1, 2), keys.transpose(1, 2), beta=0, alpha=scale
-    ).view(b, n, h, -1)
+    scores = attention_scores(q, keys, scale)
     scores[..., 0] = sink
     if hidden is not None:
         scores[..., 1:].masked_fill_(hidden.unsqueeze(-2), -torch.inf)

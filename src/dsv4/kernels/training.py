@@ -20,6 +20,7 @@ from .rows import Rows, dense
 
 STREAMS = 4
 CHUNK = 32  # rows that a task of the library takes
+LOGITS_AT_ONCE = 1 << 22  # of a loss
 KERNELS = (  # what is here and in the table
     "hc_read", "hc_expand", "hc_head", "sinkhorn", "compress", "rms_norm", "norm_rope", "rope",
     "swiglu", "routed_experts", "attention", "cross_entropy",
@@ -118,11 +119,12 @@ def attention(
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """See ``reference.cross_entropy``."""
+    """See ``reference.cross_entropy``. Logits are made a part at a time, and again for the
+    gradient: they are never whole."""
     if x.dtype not in TYPES or x.device.type != "cpu":
         return reference.cross_entropy(x, weight, targets)
     losses: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        x, weight, targets, max(16, 4 * reference.LOGITS_AT_ONCE // weight.shape[0])
+        x, weight, targets, max(16, LOGITS_AT_ONCE // weight.shape[0])
     )
     return losses
 
@@ -250,20 +252,17 @@ def _weigh(
     q: Tensor, keys: Tensor, hidden: Tensor | None, sink: Tensor, scale: float
 ) -> Tensor:
     """See ``reference.attention_weights``."""
-    b, n, h, _ = q.shape
-    scores = torch.baddbmm(
-        q.new_zeros(1), q.flatten(1, 2), keys.transpose(1, 2), beta=0, alpha=scale
-    )
+    scores = reference.attention_scores(q, keys, scale)
     mask, step = 0, 0
     if hidden is not None:
         hidden = F.pad(hidden, (1, 0))  # the sink's place
-        mask, step = hidden.data_ptr(), n * hidden.shape[-1] if hidden.dim() == 3 else 0
+        mask, step = hidden.data_ptr(), hidden[0].numel() if hidden.dim() == 3 else 0
     sink = sink.float().contiguous()
+    b, n, h, places = scores.shape
     _native.train_weigh(
-        scores.data_ptr(), _bf16(q), b, n, h, scores.shape[-1], mask, step, sink.data_ptr(),
-        torch.get_num_threads(),
+        *_at(scores), b, n, h, places, mask, step, sink.data_ptr(), torch.get_num_threads()
     )
-    return scores
+    return scores.flatten(1, 2)
 
 
 def _weigh_back(
@@ -287,7 +286,7 @@ def _weigh_back(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The reference's, on logits as the matrix product leaves them."""
+    """Losses from logits as the matrix product leaves them, ``rows`` at a time."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, targets, rows):  # type: ignore[no-untyped-def]

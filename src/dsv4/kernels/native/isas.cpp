@@ -48,12 +48,12 @@ const Isa* const ISAS[] = {
     &portable::isa};
 
 #if DSV4_HAS_AMX
-// Whether the processor has tiles of bfloat16 and bytes, and the kernel lets this process use them:
+// Whether the processor has tiles of bfloat16, and the kernel lets this process use them:
 // it keeps them for a thread only once it was asked.
 bool has_tiles() {
   static const bool allowed = [] {
     unsigned a, b, c, d;
-    constexpr unsigned ALL = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, -TILE, -INT8
+    constexpr unsigned ALL = 1u << 22 | 1u << 24;  // AMX-BF16, -TILE
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & ALL) != ALL) return false;
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;

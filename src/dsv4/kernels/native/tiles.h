@@ -59,12 +59,6 @@ inline void dot_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
-// The same with whole numbers: A without a sign, B with one, in fours instead of pairs. Exact.
-template <int C, int A, int B>
-inline void dot_byte_tiles() {
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
-}
-
 }  // namespace
 }  // namespace DSV4_ISA
 #endif
