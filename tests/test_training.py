@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from dsv4.model import TRAIN_QAT, Transformer
 from dsv4.train.loop import Run
 from dsv4.train.optim import FAST, MuonAdamW, OptimSettings, orthogonalize, uses_muon
 from dsv4.train.recipes import Recipe, Stage
-from dsv4.train.runfiles import read_log
+from dsv4.train.runfiles import RunLog, read_log
 
 TINY = Recipe(
     model={
@@ -76,6 +77,17 @@ def test_a_run_can_start_from_a_checkpoint(finished: Run, tmp_path: Path) -> Non
                 logits = run.net(torch.tensor([ids]))[0]
             stored = dsv4.load(source, numerics="float32").logits(ids)
             torch.testing.assert_close(logits, stored, atol=1e-4, rtol=1e-4)
+    moved = tmp_path / "moved"
+    shutil.copytree(source, moved)
+    mine = replace(TINY, weights=str(moved))
+    with Run(mine, tmp_path / "mine") as run:
+        log = RunLog(run.folder, 0, run.ranks)
+        run.train_step(log)
+        run.save(log)
+        log.close()
+    shutil.rmtree(moved)  # it is needed but once
+    with Run(mine, tmp_path / "mine") as run:
+        assert run.resumed and run.step == 1
     other = replace(TINY, weights=str(source), model=TINY.model | {"n_routed_experts": 8})
     with pytest.raises(TrainingError, match="n_routed_experts 8"):
         Run(other, tmp_path / "other")

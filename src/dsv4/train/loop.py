@@ -71,10 +71,13 @@ class Run:
         self.step = self.tokens = 0
         self.seconds = 0.0
         self.config = r.config()
+        self.checkpoints = Checkpoints(
+            self.folder, r.checkpoint_every, r.keep, r.keep_every, self.ranks
+        )
         self.tokenizer = self._tokenizer()
         self.net = Transformer(self.config)
         self.net.init_weights(r.seed, r.init_std or None)
-        if r.weights:
+        if r.weights and not self.checkpoints.steps():
             start_from(self.net, r.weights)
         for name, p in self.net.named_parameters():
             if any(part in name for part in r.frozen):
@@ -93,9 +96,6 @@ class Run:
         self._ahead: deque[Batch] = deque()  # batches of this step and the next ones
         self._position = 0  # in the log
         self._saved = -1  # the step of the last checkpoint
-        self.checkpoints = Checkpoints(
-            self.folder, r.checkpoint_every, r.keep, r.keep_every, self.ranks
-        )
         self._stream = self.data()
         self.resumed = self._resume()
 
