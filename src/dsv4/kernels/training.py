@@ -334,16 +334,17 @@ class _PackedAttention(torch.autograd.Function):
         ctx, q, kv, sink, packing, chosen, ratio, width, scale, *rows
     ):
         q, kv, sink = q.contiguous(), kv.contiguous(), sink.float().contiguous()
-        rows = [r if r is None else r.contiguous() for r in rows]
+        heads, dim = q.shape[2:]
+        entries = [r if r is None else r.contiguous() for r in rows]
         chosen = [c if c is None else c.contiguous() for c in chosen]
         out, log_sum = torch.empty_like(q), torch.empty(q.shape[:3])
-        samples = _PackedAttention.samples(packing, ratio, rows, [None] * len(rows), chosen)
+        samples = _PackedAttention.samples(packing, ratio, entries, [None] * len(rows), chosen)
         _native.train_attend(
-            q.data_ptr(), kv.data_ptr(), sink.data_ptr(), *q.shape[2:], width, scale,
+            q.data_ptr(), kv.data_ptr(), sink.data_ptr(), heads, dim, width, scale,
             out.data_ptr(), log_sum.data_ptr(), samples.data_ptr(), len(samples), ratio,
             torch.get_num_threads(),
         )  # fmt: skip
-        ctx.save_for_backward(q, kv, sink, out, log_sum, *rows, *chosen)
+        ctx.save_for_backward(q, kv, sink, out, log_sum, *entries, *chosen)
         ctx.settings = packing, ratio, width, scale
         return out
 
@@ -352,12 +353,13 @@ class _PackedAttention(torch.autograd.Function):
         q, kv, sink, out, log_sum, *others = ctx.saved_tensors
         rows, chosen = others[: len(others) // 2], others[len(others) // 2 :]
         packing, ratio, width, scale = ctx.settings
+        heads, dim = q.shape[2:]
         drows = [r if r is None else torch.zeros_like(r) for r in rows]
         samples = _PackedAttention.samples(packing, ratio, rows, drows, chosen)
         grad, dq, dkv = grad.contiguous(), torch.empty_like(q), torch.empty_like(kv)
         dsinks = torch.empty(len(samples), len(sink))
         _native.train_attend_back(
-            q.data_ptr(), kv.data_ptr(), sink.data_ptr(), *q.shape[2:], width, scale,
+            q.data_ptr(), kv.data_ptr(), sink.data_ptr(), heads, dim, width, scale,
             out.data_ptr(), log_sum.data_ptr(), samples.data_ptr(), len(samples), ratio,
             grad.data_ptr(), dq.data_ptr(), dkv.data_ptr(), dsinks.data_ptr(),
             torch.get_num_threads(),
