@@ -31,7 +31,8 @@ tokenizer
 encoding
 completion
 model
-kernels packing
+kernels
+packing
 formats
 quant
 config

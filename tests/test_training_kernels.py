@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv4 import kernels
 from dsv4.kernels import reference, training
+from dsv4.packing import Packing
 
 pytestmark = pytest.mark.skipif(kernels.NATIVE is None, reason="the native kernels are not built")
 LOOSE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (0.04, 0.02)}
@@ -163,6 +164,66 @@ def test_attention(dtype: torch.dtype, length: int, kind: str) -> None:
         size = float(b.detach().float().abs().mean()) + 1e-3
         a, b = a.detach().float() / size, b.detach().float() / size
         torch.testing.assert_close(a, b, atol=20 * absolute, rtol=relative)
+
+
+# Sample lengths, heads, their width, and how many rows each token chooses (0: all before it).
+PACKED = {
+    "one token": ([1], 4, 32, 0),
+    "long and short": ([5, 1, 33, 300, 17], 4, 64, 0),
+    "chosen": ([5, 1, 33, 300, 700], 4, 64, 16),
+    "one head": ([129, 257], 1, 64, 5),
+    "two heads": ([70, 31], 2, 96, 4),
+    "many heads": ([70, 31], 64, 32, 4),
+    "as many as can be": ([40, 3], 128, 32, 0),
+    "an odd number": ([40, 30], 3, 32, 4),
+}
+
+
+def packed_attention(
+    table: object, lengths: list[int], heads: int, dim: int, k: int, dtype: torch.dtype
+) -> list[Tensor]:
+    torch.manual_seed(len(lengths))
+    packing = Packing(lengths)
+    q, kv = torch.randn(1, packing.tokens, heads, dim), torch.randn(1, packing.tokens, dim)
+    rows = [torch.randn(b, t // 4, dim) for b, t in packing.shapes]
+    chosen: list[Tensor | None] = []
+    for (b, t), some in zip(packing.shapes, rows, strict=True):
+        seen = (torch.arange(t) + 1) // 4
+        picks = torch.rand(b, t, some.shape[1]).topk(min(k, some.shape[1])).indices
+        few = 0 < k < some.shape[1]
+        chosen.append(picks.masked_fill(picks >= seen[:, None], -1) if few else None)
+
+    def run(q: Tensor, kv: Tensor, sink: Tensor, *rows: Tensor) -> Tensor:
+        found: Tensor = table.packed_attention(  # type: ignore[attr-defined]
+            q, kv, rows, chosen, sink, packing, ratio=4, width=40, scale=0.2, dtype=dtype
+        )
+        return found
+
+    inputs = [x.to(dtype) for x in (q, kv)] + [torch.randn(heads)] + [r.to(dtype) for r in rows]
+    return [x.detach() for x in outputs_and_gradients(run, inputs)]
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_attention_in_a_packed_row(case: str) -> None:
+    for ours, exact in zip(
+        packed_attention(kernels, *PACKED[case], torch.bfloat16),
+        packed_attention(reference, *PACKED[case], torch.float32),
+        strict=True,
+    ):
+        assert ours.shape == exact.shape
+        assert (ours.float() - exact).norm() <= 0.02 * exact.norm() + 1e-3
+
+
+def test_threads_do_not_change_a_bit_of_attention() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(packed_attention(kernels, [700, 40], 4, 64, 16, torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", LOOSE)

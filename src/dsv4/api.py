@@ -18,13 +18,13 @@ from torch import Tensor
 
 from . import encoding, kernels
 from .checkpoint import Checkpoint
-from .config import V4Config
+from .config import FP4_BLOCK, FP8_BLOCK, V4Config
 from .engine.experts import Experts, expert_budget, expert_bytes, is_routed
 from .engine.memory import available
 from .engine.sample import SamplingParams, sample
 from .engine.session import Runner, Session, check_ids
 from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
-from .model import Numerics, Pass, Transformer, check_numerics, numerics
+from .model import KV_BLOCK, Numerics, Pass, Transformer, numerics
 from .tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "models"
@@ -72,6 +72,28 @@ def find_model(name_or_path: str | Path) -> Path:
             hint="dsv4 pull deepseek-ai/DeepSeek-V4-Flash, or dsv4 synth to make a random one",
         )
     return path
+
+
+def check_numerics(nx: Numerics, config: V4Config) -> None:
+    """ConfigError when the blocks of official rounding do not divide the model's widths."""
+    if not nx.official:
+        return
+    blocks = {
+        "hidden_size": (config.hidden_size, FP8_BLOCK),
+        "q_lora_rank": (config.q_lora_rank, FP8_BLOCK),
+        "o_groups * o_lora_rank": (config.o_groups * config.o_lora_rank, FP8_BLOCK),
+        "moe_intermediate_size": (config.moe_intermediate_size, FP8_BLOCK),
+        "head_dim - qk_rope_head_dim": (config.head_dim - config.qk_rope_head_dim, KV_BLOCK),
+        "index_head_dim": (config.index_head_dim, FP4_BLOCK),
+    }
+    for what, (value, block) in blocks.items():
+        if value % block:
+            raise ConfigError(
+                f"official numerics round {what} in blocks",
+                expected=f"a multiple of {block}",
+                got=value,
+                hint='numerics "float32"',
+            )
 
 
 class Model:

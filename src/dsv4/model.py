@@ -23,14 +23,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import kernels, quant
-from .config import FP4_BLOCK, FP8_BLOCK, V4Config
+from .config import V4Config
 from .errors import ConfigError, TrainingError
 from .kernels import Rows, Stored, reference
 from .packing import Packing
@@ -98,28 +98,6 @@ class ExpertSource(Protocol):
         dtype: torch.dtype,
     ) -> Tensor:
         """As ``kernels.routed_experts``."""
-
-
-def check_numerics(nx: Numerics, config: V4Config) -> None:
-    """ConfigError when the blocks of official rounding do not divide the model's widths."""
-    if not nx.official:
-        return
-    blocks = {
-        "hidden_size": (config.hidden_size, FP8_BLOCK),
-        "q_lora_rank": (config.q_lora_rank, FP8_BLOCK),
-        "o_groups * o_lora_rank": (config.o_groups * config.o_lora_rank, FP8_BLOCK),
-        "moe_intermediate_size": (config.moe_intermediate_size, FP8_BLOCK),
-        "head_dim - qk_rope_head_dim": (config.head_dim - config.qk_rope_head_dim, KV_BLOCK),
-        "index_head_dim": (config.index_head_dim, FP4_BLOCK),
-    }
-    for what, (value, block) in blocks.items():
-        if value % block:
-            raise ConfigError(
-                f"official numerics round {what} in blocks",
-                expected=f"a multiple of {block}",
-                got=value,
-                hint='numerics "float32"',
-            )
 
 
 @dataclass
@@ -413,6 +391,9 @@ class Attention(nn.Module):
         self.attn_sink = _parameter(c.num_attention_heads)
         self.compressor = Compressor(c, ratio, c.head_dim, rotate=False) if ratio else None
         self.indexer = Indexer(c) if ratio == 4 else None
+        self.how: dict[str, Any] = {
+            "ratio": ratio, "width": c.sliding_window, "scale": c.head_dim**-0.5
+        }
 
     def forward(self, x: Tensor, run: Pass, layer: int) -> Tensor:
         c, nx = self.c, run.nx
@@ -438,11 +419,9 @@ class Attention(nn.Module):
                     for part, piece in zip(run.parts, pieces, strict=True)]
             out = torch.cat(done, 1)
         elif run.packing is None:
-            out, *losses = self.attend(tokens, run, run.state(layer))
+            out, losses = self.attend(tokens, run, run.state(layer))
         else:
-            batches = zip(*map(run.packing.split, tokens), strict=True)
-            outs = zip(*(self.attend(batch, run, None) for batch in batches), strict=True)
-            out, *losses = map(run.packing.join, outs)
+            out, losses = self.attend_packed(tokens, run, run.packing)
         if run.noted is not None:
             run.noted.divergences += [loss.mean() for loss in losses]
         out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
@@ -454,44 +433,52 @@ class Attention(nn.Module):
 
     def attend(
         self, tokens: Sequence[Tensor], run: Pass, state: AttentionState | None
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """All that looks across tokens. ``tokens``: of each token its queries ``[B, T, H, D]``,
         entry ``[B, T, D]``, and what compressor and indexer project. Returns the heads' outputs
         ``[B, T, H, D]`` and, where it is trained, the indexer's loss ``[B, T]``."""
-        c = self.c
         q, kv, *projected = tokens
         window = kv if state is None else state.window(kv)
-        chosen: Tensor | None = None
-        rows: Rows | None = None
-        losses = []
-        if self.compressor is not None:
-            rows = self.compressor(*projected[:2], run, state)
-        if self.indexer is not None and rows is not None and len(projected) > 2:
-            with run.indexing():
-                keys = self.indexer.compressor(*projected[2:4], run, state)
-            chosen = self.indexer.choose(keys, projected[4:], run)
-            if run.trains_indexers:
-                assert isinstance(keys, Tensor) and isinstance(rows, Tensor)
-                index_q, weights = projected[4:]
-                losses.append(
-                    kernels.index_loss(
-                        index_q, keys, weights, q, window, rows, chosen, self.attn_sink,
-                        ratio=self.ratio, width=c.sliding_window, scale=c.head_dim**-0.5,
-                    )
-                )
+        rows, chosen, losses = self.visible(q, window, projected, run, state)
         out = kernels.attention(
-            q,
-            window,
-            rows,
-            chosen,
-            self.attn_sink,
-            start=run.start,
-            ratio=self.ratio,
-            width=c.sliding_window,
-            scale=c.head_dim**-0.5,
-            dtype=run.nx.dtype,
+            q, window, rows, chosen, self.attn_sink, start=run.start, dtype=run.nx.dtype, **self.how
         )
-        return [out, *losses]
+        return out, losses
+
+    def attend_packed(
+        self, tokens: Sequence[Tensor], run: Pass, packing: Packing
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``attend`` within each sample of a row."""
+        q, kv, *projected = tokens
+        split = packing.split if run.trains_indexers else lambda t: [t] * len(packing.shapes)
+        parts = zip(*map(split, (q, kv)), *map(packing.split, projected), strict=True)
+        done = [self.visible(q, window, rest, run, None) for q, window, *rest in parts]
+        rows, chosen, losses = zip(*done, strict=True)
+        out = kernels.packed_attention(
+            q, kv, rows, chosen, self.attn_sink, packing, dtype=run.nx.dtype, **self.how
+        )
+        return out, [packing.join(loss) for loss in zip(*losses, strict=True)]
+
+    def visible(
+        self, q: Tensor, window: Tensor, projected: Sequence[Tensor], run: Pass,
+        state: AttentionState | None,
+    ) -> tuple[Rows | None, Tensor | None, list[Tensor]]:
+        """Compressed rows, which of them each token attends to (None: all before it), and the loss
+        of the indexer, which alone needs ``q`` and ``window``."""
+        if self.compressor is None:
+            return None, None, []
+        rows = self.compressor(*projected[:2], run, state)
+        if self.indexer is None or len(projected) == 2:
+            return rows, None, []
+        with run.indexing():
+            keys = self.indexer.compressor(*projected[2:4], run, state)
+        chosen = self.indexer.choose(keys, projected[4:], run)
+        if not run.trains_indexers:
+            return rows, chosen, []
+        assert isinstance(keys, Tensor) and isinstance(rows, Tensor)
+        index_q, weights = projected[4:]
+        sight = q, window, rows, chosen, self.attn_sink
+        return rows, chosen, [kernels.index_loss(index_q, keys, weights, *sight, **self.how)]
 
 
 # ---------------------------------------------------------------- experts

@@ -24,8 +24,9 @@ class Packing:
     """How samples of ``lengths`` lie in one row of ``sum(lengths)`` tokens, in order.
 
     ``positions [N]`` is the place of each token in its own sample, ``samples [N]`` the number of
-    that sample; ``shapes`` are those of the padded batches, ``(samples, tokens)``. Raises
-    TrainingError for an empty sample or none.
+    that sample, ``starts`` where each sample begins; ``shapes`` are those of the padded batches,
+    ``(samples, tokens)``, ``members`` the samples in each. Raises TrainingError for an empty sample
+    or none.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | None = None) -> None:
@@ -36,13 +37,14 @@ class Packing:
             )
         self.tokens = sum(self.lengths)
         ends = list(accumulate(self.lengths))
-        starts = [0, *ends[:-1]]
+        starts = self.starts = [0, *ends[:-1]]
         self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
         counts = torch.tensor(self.lengths)
         self.samples = torch.arange(len(counts)).repeat_interleave(counts).to(device)
         padded = [padded_length(n) for n in self.lengths]
         self.longest = max(padded)
         self.shapes: list[tuple[int, int]] = []
+        self.members: list[list[int]] = []
         places = []
         for width in sorted(set(padded)):
             members = [i for i, w in enumerate(padded) if w == width]
@@ -51,6 +53,7 @@ class Packing:
             at = begin + torch.arange(width)
             places.append(at.masked_fill_(at >= end, -1).flatten())
             self.shapes.append((len(members), width))
+            self.members.append(members)
         source = torch.cat(places).to(device)  # the token at each place of all batches; or -1
         self._padding = (source < 0).nonzero().squeeze(1)
         self._source = source.clamp_min(0)

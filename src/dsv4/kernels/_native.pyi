@@ -140,3 +140,13 @@ def train_pool_back(
     kv: int, gate: int, bias: int, bf16: bool, overlap: bool, ratio: int, dim: int,
     sequences: int, positions: int, grad: int, dkv: int, dgate: int, threads: int, /,
 ) -> None: ...
+def train_attends() -> bool: ...
+def train_attend(
+    q: int, kv: int, sink: int, heads: int, dim: int, width: int, scale: float, out: int,
+    log_sum: int, samples: int, count: int, ratio: int, threads: int, /,
+) -> None: ...
+def train_attend_back(
+    q: int, kv: int, sink: int, heads: int, dim: int, width: int, scale: float, out: int,
+    log_sum: int, samples: int, count: int, ratio: int, grad: int, dq: int, dkv: int, dsinks: int,
+    threads: int, /,
+) -> None: ...

@@ -11,7 +11,7 @@ N rows (B * T flattened), S keys, R compressed rows, E experts, K experts per to
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import quant
+from ..packing import Packing
 from ..quant import FP8_BLOCK, dequantize, number, times_row, wide
 from .rows import Rows, dense
 
@@ -612,6 +613,23 @@ def score_gradient(
     dot = (wide(g) * wide(out)).sum(-1, keepdim=True)
     ds = torch.bmm(g, keys.transpose(1, 2)).sub_(dot.to(g.dtype)).mul_(p)
     return ds * scale, wide(ds[..., 0]).view(-1, heads).sum(0)
+
+
+def packed_attention(
+    q: Tensor, kv: Tensor, rows: Sequence[Tensor | None], chosen: Sequence[Tensor | None],
+    sink: Tensor, packing: Packing, *, ratio: int, width: int, scale: float, dtype: torch.dtype,
+    attention: Callable[..., Tensor] = attention,
+) -> Tensor:
+    """``attention`` within each sample of a packed row: ``q [1, N, H, D]``, ``kv [1, N, D]``.
+
+    ``rows [B, R, D]`` and ``chosen [B, T, k]`` are those of each of the packing's batches."""
+    outs = [
+        attention(
+            *batch, sink, start=0, ratio=ratio, width=width, scale=scale, dtype=dtype
+        )
+        for batch in zip(packing.split(q), packing.split(kv), rows, chosen, strict=True)
+    ]
+    return packing.join(outs)
 
 
 class TrainedAttention(torch.autograd.Function):

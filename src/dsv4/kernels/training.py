@@ -8,12 +8,14 @@ has no gradient to ``native``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..packing import Packing
 from . import _native, native, reference
 from .reference import Matrices
 from .rows import Rows, dense
@@ -23,7 +25,7 @@ CHUNK = 32  # rows that a task of the library takes
 LOGITS_AT_ONCE = 1 << 22  # of a loss
 KERNELS = (  # what is here and in the table
     "hc_read", "hc_expand", "hc_head", "sinkhorn", "compress", "rms_norm", "norm_rope", "rope",
-    "swiglu", "routed_experts", "attention", "cross_entropy",
+    "swiglu", "routed_experts", "attention", "packed_attention", "cross_entropy",
 )  # fmt: skip
 TYPES = (torch.bfloat16, torch.float32)
 
@@ -114,6 +116,25 @@ def attention(
     blocks = reference.query_blocks(q, window, rows, chosen, start, ratio, width)
     out: Tensor = reference.TrainedAttention.apply(  # type: ignore[no-untyped-call]
         q, window, rows, sink, list(blocks), scale, dtype, _weigh, _weigh_back
+    )
+    return out
+
+
+def packed_attention(
+    q: Tensor, kv: Tensor, rows: Sequence[Tensor | None], chosen: Sequence[Tensor | None],
+    sink: Tensor, packing: Packing, *, ratio: int, width: int, scale: float, dtype: torch.dtype,
+) -> Tensor:
+    """See ``reference.packed_attention``. With tiles nothing is moved: the row is read as it is."""
+    heads, dim = q.shape[2:]
+    some = all(r is None or r.dtype == torch.bfloat16 for r in rows)
+    fits = some and dim % 32 == 0 and heads in (1, 2, 4, 8, 16, 32, 64, 128)
+    if not (fits and q.dtype == kv.dtype == dtype == torch.bfloat16 and _native.train_attends()):
+        return reference.packed_attention(
+            q, kv, rows, chosen, sink, packing, ratio=ratio, width=width, scale=scale, dtype=dtype,
+            attention=attention,
+        )
+    out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
+        q, kv, sink, packing, chosen, ratio, width, scale, *rows
     )
     return out
 
@@ -283,6 +304,67 @@ def _weigh_back(
         dsinks.data_ptr(), threads,
     )
     return ds, dsinks.sum(0)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Scores are computed again backwards; of the forward pass their log sums are kept."""
+
+    @staticmethod
+    def samples(
+        packing: Packing, ratio: int, rows: Sequence[Tensor | None],
+        drows: Sequence[Tensor | None], chosen: Sequence[Tensor | None],
+    ) -> Tensor:
+        """How the library is told of samples: see ``Samples`` in training_module.cpp."""
+        table = []
+        for members, entries, grads, picks in zip(
+            packing.members, rows, drows, chosen, strict=True
+        ):
+            for i, sample in enumerate(members):
+                tokens = packing.lengths[sample]
+                count = 0 if entries is None else min(entries.shape[1], tokens // ratio)
+                table.append([
+                    packing.starts[sample], tokens, count, 0 if picks is None else picks.shape[2],
+                    *(0 if x is None or count == 0 else x[i].data_ptr()
+                      for x in (entries, grads, picks)),
+                ])  # fmt: skip
+        return torch.tensor(table)
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, q, kv, sink, packing, chosen, ratio, width, scale, *rows
+    ):
+        q, kv, sink = q.contiguous(), kv.contiguous(), sink.float().contiguous()
+        heads, dim = q.shape[2:]
+        entries = [r if r is None else r.contiguous() for r in rows]
+        chosen = [c if c is None else c.contiguous() for c in chosen]
+        out, log_sum = torch.empty_like(q), torch.empty(q.shape[:3])
+        samples = _PackedAttention.samples(packing, ratio, entries, [None] * len(rows), chosen)
+        _native.train_attend(
+            q.data_ptr(), kv.data_ptr(), sink.data_ptr(), heads, dim, width, scale,
+            out.data_ptr(), log_sum.data_ptr(), samples.data_ptr(), len(samples), ratio,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(q, kv, sink, out, log_sum, *entries, *chosen)
+        ctx.settings = packing, ratio, width, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, kv, sink, out, log_sum, *others = ctx.saved_tensors
+        rows, chosen = others[: len(others) // 2], others[len(others) // 2 :]
+        packing, ratio, width, scale = ctx.settings
+        heads, dim = q.shape[2:]
+        drows = [r if r is None else torch.zeros_like(r) for r in rows]
+        samples = _PackedAttention.samples(packing, ratio, rows, drows, chosen)
+        grad, dq, dkv = grad.contiguous(), torch.empty_like(q), torch.empty_like(kv)
+        dsinks = torch.empty(len(samples), len(sink))
+        _native.train_attend_back(
+            q.data_ptr(), kv.data_ptr(), sink.data_ptr(), heads, dim, width, scale,
+            out.data_ptr(), log_sum.data_ptr(), samples.data_ptr(), len(samples), ratio,
+            grad.data_ptr(), dq.data_ptr(), dkv.data_ptr(), dsinks.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return dq, dkv, dsinks.sum(0), *[None] * 5, *drows
 
 
 class _CrossEntropy(torch.autograd.Function):

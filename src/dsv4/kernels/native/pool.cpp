@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -104,6 +105,8 @@ Pool& pool() {
 }
 
 }  // namespace
+
+void out_of_memory() { throw std::bad_alloc(); }
 
 void parallel(int threads, int64_t tasks, Work work, void* context) {
   if (threads > tasks) threads = (int)tasks;

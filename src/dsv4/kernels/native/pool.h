@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <new>
 
 namespace dsv4 {
 
@@ -25,6 +24,8 @@ struct Free {
   void operator()(void* data) const { std::free(data); }
 };
 
+[[noreturn]] void out_of_memory();  // throws std::bad_alloc
+
 // An array for vectors, not set to anything.
 template <class T>
 using Array = std::unique_ptr<T[], Free>;
@@ -33,7 +34,7 @@ template <class T>
 Array<T> make_array(int64_t count) {
   auto bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
   void* data = std::aligned_alloc(64, bytes > 0 ? bytes : 64);
-  if (data == nullptr) throw std::bad_alloc();
+  if (data == nullptr) out_of_memory();
   return Array<T>(static_cast<T*>(data));
 }
 

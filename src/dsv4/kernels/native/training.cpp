@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "functions.h"
+#include "tiles.h"
 
 namespace DSV4_ISA {
 namespace {
@@ -442,12 +443,21 @@ void pool_back(const Pooling& p, int64_t block, const void* grad, void* dkv, voi
 
 }  // namespace
 
+#if DSV4_TILES
+void attend_sample(const dsv4::SampledAttention& a, const dsv4::Sample& s, int threads);
+void attend_sample_back(const dsv4::SampledAttention& a, const dsv4::Sample& s, int threads,
+                        float* dsinks);
+#else
+constexpr decltype(dsv4::Training::attend) attend_sample = nullptr;
+constexpr decltype(dsv4::Training::attend_back) attend_sample_back = nullptr;
+#endif
+
 extern const dsv4::Training training;
 const dsv4::Training training = {collapse,       dots,      collapse_back,  squares,
                                  expand,         expand_back, sinkhorn,     sinkhorn_back,
                                  norm_rope,  norm_rope_back, norm,         norm_back,
                                  dot,        weigh,     weigh_back,     log_sum,
                                  shares,     swiglu,    swiglu_back,    pool,
-                                 pool_back};
+                                 pool_back,  attend_sample, attend_sample_back};
 
 }  // namespace DSV4_ISA

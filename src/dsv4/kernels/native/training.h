@@ -19,6 +19,28 @@ struct Pooling {
   int64_t ratio, dim;
 };
 
+// Attention of the samples of a packed row, each alone, in bfloat16: q and out [N, heads, dim],
+// kv [N, dim]. `heads` is a power of two up to 128 and `dim` a multiple of 32.
+struct SampledAttention {
+  const uint16_t *q, *kv;
+  const float* sink;
+  int64_t heads, dim, width;  // width: of the window
+  float scale;
+  uint16_t* out;
+  float* log_sum;  // [N, heads]: of the exponentials of the scores, the sink's too
+  const uint16_t* grad;  // for the gradient: that of out, and where those of q and kv go
+  uint16_t *dq, *dkv;
+};
+
+// Tokens start .. of the row, its `count` compressed entries, and those that each token attends to
+// ([tokens, k], -1: none); if chosen is null, all that are whole by then.
+struct Sample {
+  int64_t start, tokens, count, ratio, k;
+  const uint16_t* rows;
+  uint16_t* drows;
+  const int64_t* chosen;
+};
+
 struct Training {
   // x [d] = sum_i pre[i] * streams[i]; streams [STREAMS, d]
   void (*collapse)(const void* streams, bool is_bf16, int64_t d, const float* pre, void* x);
@@ -70,6 +92,9 @@ struct Training {
   // Entry `block` of a sequence that starts at p.kv.
   void (*pool)(const Pooling& p, int64_t block, void* out);
   void (*pool_back)(const Pooling& p, int64_t block, const void* grad, void* dkv, void* dgate);
+  // Null where there are no tiles. `back` writes all gradients; dsinks: [heads].
+  void (*attend)(const SampledAttention& a, const Sample& s, int threads);
+  void (*attend_back)(const SampledAttention& a, const Sample& s, int threads, float* dsinks);
 };
 
 }  // namespace dsv4

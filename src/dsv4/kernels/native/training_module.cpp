@@ -277,6 +277,66 @@ void pool_back(uintptr_t kv, uintptr_t gate, uintptr_t bias, bool bf16, bool ove
       });
 }
 
+bool attends() { return current()->training->attend != nullptr; }
+
+// samples: seven numbers of each, the members of Sample but for ratio, addresses as they are.
+struct Samples {
+  SampledAttention a;
+  const int64_t* of;
+  int64_t count, ratio;
+
+  Sample at(int64_t i) const {
+    const int64_t* n = of + 7 * i;
+    return {n[0], n[1], n[2], ratio, n[3], reinterpret_cast<const uint16_t*>(n[4]),
+            reinterpret_cast<uint16_t*>(n[5]), reinterpret_cast<const int64_t*>(n[6])};
+  }
+};
+
+Samples samples_of(uintptr_t q, uintptr_t kv, uintptr_t sink, int64_t heads, int64_t dim,
+                   int64_t width, float scale, uintptr_t out, uintptr_t log_sum, uintptr_t samples,
+                   int64_t count, int64_t ratio) {
+  auto words = [](uintptr_t address) { return reinterpret_cast<uint16_t*>(address); };
+  return {{words(q), words(kv), floats(sink), heads, dim, width, scale, words(out),
+           floats(log_sum), nullptr, nullptr, nullptr},
+          reinterpret_cast<const int64_t*>(samples), count, ratio};
+}
+
+// As many samples at once as there are threads for, or the blocks of each.
+template <class F>
+void each_sample(int64_t count, int threads, F f) {
+  if (count < 2 * threads) {
+    for (int64_t i = 0; i < count; i++) f(i, threads);
+    return;
+  }
+  auto task = [&](int64_t i) { f(i, 1); };
+  parallel(threads, count, task);
+}
+
+void attend(uintptr_t q, uintptr_t kv, uintptr_t sink, int64_t heads, int64_t dim, int64_t width,
+            float scale, uintptr_t out, uintptr_t log_sum, uintptr_t samples, int64_t count,
+            int64_t ratio, int threads) {
+  const Samples all = samples_of(q, kv, sink, heads, dim, width, scale, out, log_sum, samples,
+                                 count, ratio);
+  each_sample(count, threads, [&](int64_t i, int some) {
+    current()->training->attend(all.a, all.at(i), some);
+  });
+}
+
+// dsinks: [samples, heads].
+void attend_back(uintptr_t q, uintptr_t kv, uintptr_t sink, int64_t heads, int64_t dim,
+                 int64_t width, float scale, uintptr_t out, uintptr_t log_sum, uintptr_t samples,
+                 int64_t count, int64_t ratio, uintptr_t grad, uintptr_t dq, uintptr_t dkv,
+                 uintptr_t dsinks, int threads) {
+  Samples all = samples_of(q, kv, sink, heads, dim, width, scale, out, log_sum, samples, count,
+                           ratio);
+  all.a.grad = reinterpret_cast<const uint16_t*>(grad);
+  all.a.dq = reinterpret_cast<uint16_t*>(dq);
+  all.a.dkv = reinterpret_cast<uint16_t*>(dkv);
+  each_sample(count, threads, [&](int64_t i, int some) {
+    current()->training->attend_back(all.a, all.at(i), some, floats(dsinks) + heads * i);
+  });
+}
+
 }  // namespace
 
 void add_training(nb::module_& m) {
@@ -302,6 +362,9 @@ void add_training(nb::module_& m) {
   m.def("train_swiglu_back", swiglu_back, free);
   m.def("train_pool", pool, free);
   m.def("train_pool_back", pool_back, free);
+  m.def("train_attends", attends);
+  m.def("train_attend", attend, free);
+  m.def("train_attend_back", attend_back, free);
 }
 
 }  // namespace dsv4
