@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -167,9 +167,10 @@ class Killed(BaseException):
 def test_killed_at_any_write(disk: Open) -> None:
     random = Random(3)
     for round_ in range(60):
-        left = [random.randrange(8)]
+        left = [random.randrange(5)]
 
-        def write(file: Path, data: bytes, left: list[int] = left) -> None:
+        def write(file: Path, parts: Sequence[memoryview], left: list[int] = left) -> None:
+            data = b"".join(parts)
             if left[0] == 0:
                 file.write_bytes(data[: random.randrange(len(data) + 1)])
                 raise Killed
@@ -180,7 +181,8 @@ def test_killed_at_any_write(disk: Open) -> None:
         victim = disk(write=write)
         blocks, cut = timeline(tokens)
         try:
-            victim._save(array("i", tokens), blocks, [cut])
+            victim._save(array("i", tokens[:300]), blocks[:2], [timeline(tokens[:300])[1]], [300])
+            victim._save(array("i", tokens), blocks, [cut], [501])
         except Killed:
             pass
         after = disk()
@@ -193,7 +195,8 @@ def test_killed_at_any_write(disk: Open) -> None:
 def test_a_full_disk_is_a_miss(disk: Open) -> None:
     room = [6000]
 
-    def write(file: Path, data: bytes) -> None:
+    def write(file: Path, parts: Sequence[memoryview]) -> None:
+        data = b"".join(parts)
         room[0] -= len(data)
         if room[0] < 0:
             file.write_bytes(data[: len(data) // 2])

@@ -16,7 +16,6 @@ whatever the passes' lengths are; ``settle`` ends that and frees what it took.
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..config import V4Config
 from ..errors import DSV4Error
 from ..kernels import PagedRows, RowFormat
@@ -85,14 +85,19 @@ class Block:
         self.data = torch.empty(size, dtype=torch.uint8)
         self.claimed = 0
 
+    @classmethod
+    def of(cls, data: Tensor, tokens: int) -> Block:
+        """A block of rows that are there, of which so many tokens' count."""
+        block = cls.__new__(cls)
+        block.data, block.claimed = data, tokens
+        return block
+
     def copy(self, tokens: int) -> Block:
         """Another block with the same rows, of which so many tokens' count."""
-        other = Block(0)
-        other.data, other.claimed = self.data.clone(), tokens
-        return other
+        return Block.of(self.data.clone(), tokens)
 
     def checksum(self) -> int:
-        return zlib.crc32(self.data.numpy().data)
+        return kernels.checksum(self.data)
 
 
 @dataclass(frozen=True, eq=False)
