@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 FORMAT = b"dsv4 attention state 2"
 DIGEST = 16  # bytes
 PENDING = 256 << 20  # bytes of cuts that may wait to be written
-PACK = 32 << 20  # bytes of blocks in a file
+PACK = 4 << 20  # bytes of blocks in a file; read at once, they are freed when the last of them is
 AT_ONCE = 512  # buffers that are read or written by one call; systems take 1,024
 COARSE = 50_000_000  # nanoseconds within which two changes of a folder may have one time
 ROOT = bytes(DIGEST)
@@ -68,13 +68,9 @@ class _Part(NamedTuple):
 
     key: str
     dtype: torch.dtype
-    shape: list[int]
+    shape: tuple[int, ...]
     checksum: int
     offset: int
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class _Place(NamedTuple):
@@ -90,7 +86,7 @@ class _Listing(NamedTuple):
 
     packs: dict[str, list[_Part]]
     blocks: dict[bytes, _Place]
-    cuts: dict[str, list[str]]
+    cuts: dict[bytes, list[str]]
 
 
 class DiskTier:
@@ -131,7 +127,7 @@ class DiskTier:
                 digests.append(digest)
             if start // GRAIN > len(blocks) and digest not in listing.blocks:
                 break
-            for name in listing.cuts.get(digest.hex(), ()):
+            for name in listing.cuts.get(digest, ()):
                 end = start + int(name.split("-")[1])
                 fits = beyond < end < len(tokens)
                 if fits and name.startswith(_cut_name(digest, wanted[start:end])):
@@ -157,7 +153,8 @@ class DiskTier:
                 before, now = self._listing, _Listing({}, {}, {})
                 for name in os.listdir(self.folder):
                     if name.endswith((".cut", ".between")):
-                        now.cuts.setdefault(name.split("-")[0], []).append(name)
+                        whole = bytes.fromhex(name.split("-")[0])
+                        now.cuts.setdefault(whole, []).append(name)
                     elif name.endswith(".rows"):
                         read = partial(self._contents, name=name)
                         parts = before.packs.get(name) or self._read(name, read)
@@ -202,8 +199,8 @@ class DiskTier:
             raise ValueError("it is of another model or of other tokens")
         parts, offset = list[_Part](), len(start) + size
         for key, dtype, shape, checksum in contents["parts"]:
-            parts.append(_Part(key, DTYPES[dtype], shape, checksum, offset))
-            offset += parts[-1].bytes
+            parts.append(_Part(key, DTYPES[dtype], tuple(shape), checksum, offset))
+            offset += math.prod(shape) * DTYPES[dtype].itemsize
         if offset != most:
             raise ValueError("it is too short or too long")
         return parts
@@ -335,7 +332,7 @@ class DiskTier:
         with contextlib.suppress(OSError):
             os.utime(path)  # used, and there already
             return
-        tensors = {"tokens": torch.tensor(tokens, dtype=torch.int32), **tensors}
+        tensors = {"tokens": _ids(tokens), **tensors}
         parts = [[key, str(t.dtype).removeprefix("torch."), list(t.shape), kernels.checksum(t)]
                  for key, t in tensors.items()]
         table = json.dumps({"mark": self._mark, "name": _stem(name), "parts": parts}).encode()
@@ -429,15 +426,23 @@ def _read_run(
     _fill(file, pack[:1], [named])
     if _bytes(named[(first - 1) * GRAIN : last * GRAIN]) != tokens.tobytes():
         raise ValueError("it is of other tokens")
-    blocks = [Block.of(torch.empty(part.shape, dtype=torch.uint8), GRAIN)
-              for part in pack[first : last + 1]]
-    _fill(file, pack[first : last + 1], [block.data for block in blocks])
-    return blocks
+    rows = torch.empty(len(run), *pack[first].shape, dtype=torch.uint8).unbind()
+    _fill(file, pack[first : last + 1], rows)
+    return [Block.of(data, GRAIN) for data in rows]
+
+
+def _ids(tokens: array[int]) -> Tensor:
+    """Tokens as they are in memory."""
+    if not tokens:
+        return torch.empty(0, dtype=torch.int32)
+    return torch.frombuffer(tokens, dtype=torch.int32)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """A contiguous tensor's memory."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        tensor = tensor.reshape(-1).view(torch.uint8)
+    return tensor.numpy().data
 
 
 def _write(path: Path, parts: Sequence[memoryview]) -> None:

@@ -212,6 +212,9 @@ void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64
 
 // The words of 32 bits, summed, and summed with weights: see reference.checksum. Sums of sums give
 // each row of sixteen words the weight of the rows that are left.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+__attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
 std::tuple<uint64_t, uint64_t> checksum(uintptr_t data, int64_t bytes) {
   constexpr int64_t ROW = 16;
   uint64_t sums[ROW] = {}, sums_of_sums[ROW] = {};
