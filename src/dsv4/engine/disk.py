@@ -44,7 +44,7 @@ from .kvstate import GRAIN, Block, Cut
 log = logging.getLogger(__name__)
 FORMAT = b"dsv4 attention state 2"
 DIGEST = 16  # bytes
-PENDING = 256 << 20  # bytes of cuts that may wait to be written
+PENDING = 64 << 20  # bytes of cuts that may wait to be written
 PACK = 4 << 20  # bytes of blocks in a file; read at once, they are freed when the last of them is
 AT_ONCE = 512  # buffers that are read or written by one call; systems take 1,024
 COARSE = 50_000_000  # nanoseconds within which two changes of a folder may have one time

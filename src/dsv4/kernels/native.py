@@ -38,8 +38,7 @@ KERNELS = (
     "route", "swiglu", "attention", "index_topk", "checksum",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
-# Heads times rows that are worth a thread: 0.1 ms
-ATTENDED, INDEXED = 1 << 12, 1 << 16
+INDEXED = 1 << 16  # heads times keys that are worth a thread: 0.1 ms
 FP4 = (torch.int8, torch.uint8)  # two codes in each
 
 
@@ -434,8 +433,6 @@ def attention(
         )  # fmt: skip
     q, sink = q.contiguous(), sink.float().contiguous()
     out = torch.empty_like(q)
-    seen = 0 if rows is None else (start + queries) // ratio if chosen is None else chosen.shape[-1]
-    share = threads(queries * heads * seen // ATTENDED)
     for b in range(batch):
         near = window[b].contiguous()
         pieces, kept, kept_alive = _pieces(rows, b)
@@ -444,7 +441,7 @@ def attention(
             q[b].data_ptr(), dtype == BF16, queries, heads, dim, near.data_ptr(),
             near.shape[0] - queries, width, pieces, kept,
             0 if picked is None else picked.data_ptr(), 0 if picked is None else picked.shape[1],
-            sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), share,
+            sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         del kept_alive
     return out
