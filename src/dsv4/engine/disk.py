@@ -27,6 +27,7 @@ import logging
 import math
 import os
 import queue
+import re
 import threading
 import time
 from array import array
@@ -52,6 +53,7 @@ ROOT = bytes(DIGEST)
 DTYPES = {str(t).removeprefix("torch."): t for t in (
     torch.uint8, torch.int32, torch.int64, torch.float32, torch.bfloat16
 )}  # fmt: skip
+CUT = re.compile(r"([0-9a-f]{32})-(\d{1,3})-[0-9a-f]{16}\.(?:cut|between)")
 T = TypeVar("T")
 Write = Callable[[Path, Sequence[memoryview]], object]
 
@@ -82,11 +84,17 @@ class _Place(NamedTuple):
 
 class _Listing(NamedTuple):
     """What is in the folder: contents of files with rows, by name; where blocks are, by digest;
-    names of cuts, by the digest of their whole blocks."""
+    cuts by the digest of their whole blocks: how many tokens after these, and names."""
 
     packs: dict[str, list[_Part]]
     blocks: dict[bytes, _Place]
-    cuts: dict[bytes, list[str]]
+    cuts: dict[bytes, list[tuple[int, str]]]
+
+    def add(self, name: str, parts: list[_Part]) -> None:
+        """A file with rows."""
+        self.packs[name] = parts
+        for i, part in enumerate(parts[1:], 1):
+            self.blocks[bytes.fromhex(part.key)] = _Place(name, i)
 
 
 class DiskTier:
@@ -106,10 +114,12 @@ class DiskTier:
         self.failures = 0  # files that could not be written, or were not what they should be
         self._listing = _Listing({}, {}, {})
         self._seen = -1  # when the folder was last changed, in nanoseconds
+        self._missed = False  # a file that is listed was not there
         self._looking = threading.Lock()
         self._size = 0
         self._trim()
-        self._waiting = 0  # bytes of cuts in the queue
+        self._listed()
+        self._taken = self._done = 0  # bytes of cuts that went into the queue, and came out
         self._queue: queue.Queue[tuple[array[int], list[Block], list[Cut], set[int]] | None]
         self._queue = queue.Queue()
         self._thread = threading.Thread(target=self._save_all, name="dsv4-disk", daemon=True)
@@ -127,8 +137,8 @@ class DiskTier:
                 digests.append(digest)
             if start // GRAIN > len(blocks) and digest not in listing.blocks:
                 break
-            for name in listing.cuts.get(digest, ()):
-                end = start + int(name.split("-")[1])
+            for more, name in listing.cuts.get(digest, ()):
+                end = start + more
                 fits = beyond < end < len(tokens)
                 if fits and name.startswith(_cut_name(digest, wanted[start:end])):
                     candidates.append((end, name))
@@ -152,19 +162,18 @@ class DiskTier:
             if changed != self._seen:
                 before, now = self._listing, _Listing({}, {}, {})
                 for name in os.listdir(self.folder):
-                    if name.endswith((".cut", ".between")):
-                        whole = bytes.fromhex(name.split("-")[0])
-                        now.cuts.setdefault(whole, []).append(name)
+                    if found := CUT.fullmatch(name):
+                        whole = bytes.fromhex(found[1])
+                        now.cuts.setdefault(whole, []).append((int(found[2]), name))
                     elif name.endswith(".rows"):
                         read = partial(self._contents, name=name)
                         parts = before.packs.get(name) or self._read(name, read)
                         if parts is not None:
-                            now.packs[name] = parts
-                            for i, part in enumerate(parts[1:], 1):
-                                now.blocks[bytes.fromhex(part.key)] = _Place(name, i)
+                            now.add(name, parts)
                 # the clock of files is coarse: what changed just now may change again unseen
                 settled = time.time_ns() - changed > COARSE
                 self._listing, self._seen = now, changed if settled else -1
+                self._missed = False
         return self._listing
 
     def _read(self, name: str, how: Callable[[int], T]) -> T | None:
@@ -177,10 +186,12 @@ class DiskTier:
             os.utime(path)
             return found
         except FileNotFoundError:
+            self._missed = True
             return None
         except (OSError, ValueError, KeyError) as error:
             log.warning("%s is not used: %s", name, error)
             self.failures += 1
+            self._missed = True
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
@@ -197,11 +208,9 @@ class DiskTier:
         contents = json.loads(table)
         if contents["mark"] != self._mark or contents["name"] != _stem(name):
             raise ValueError("it is of another model or of other tokens")
-        parts, offset = list[_Part](), len(start) + size
-        for key, dtype, shape, checksum in contents["parts"]:
-            parts.append(_Part(key, DTYPES[dtype], tuple(shape), checksum, offset))
-            offset += math.prod(shape) * DTYPES[dtype].itemsize
-        if offset != most:
+        parts = _located(contents["parts"], len(start) + size)
+        end = parts[-1].offset + math.prod(parts[-1].shape) * parts[-1].dtype.itemsize
+        if end != most:
             raise ValueError("it is too short or too long")
         return parts
 
@@ -250,11 +259,12 @@ class DiskTier:
         waits for it. Dropped when too much waits already. Cuts at positions that are not
         ``lasting`` (None: all are) may have half of the budget, and go first."""
         size = sum(cut.bytes for cut in cuts)
-        if not cuts or (self._waiting and self._waiting + size > PENDING):
+        waiting = self._taken - self._done
+        if not cuts or (waiting and waiting + size > PENDING):
             return
         last = max(cut.position for cut in cuts)
         kept = {cut.position for cut in cuts} if lasting is None else set(lasting)
-        self._waiting += size
+        self._taken += size
         whole = list(blocks[: last // GRAIN])
         self._queue.put((array("i", tokens[:last]), whole, list(cuts), kept))
 
@@ -279,7 +289,7 @@ class DiskTier:
                 self.failures += 1
             finally:
                 if item is not None:
-                    self._waiting -= sum(cut.bytes for cut in item[2])
+                    self._done += sum(cut.bytes for cut in item[2])
                 self._queue.task_done()
 
     def _save(
@@ -312,7 +322,7 @@ class DiskTier:
         self, tokens: array[int], blocks: Sequence[Block], digests: Sequence[bytes]
     ) -> None:
         """Write those blocks that are not there, several to a file."""
-        listing, at = self._listed(), 0
+        listing, at = self._listed() if self._missed else self._listing, 0
         for file in {place.file for digest in digests[1:] if (place := listing.blocks.get(digest))}:
             with contextlib.suppress(OSError):
                 os.utime(self.folder / file)
@@ -333,7 +343,7 @@ class DiskTier:
             os.utime(path)  # used, and there already
             return
         tensors = {"tokens": _ids(tokens), **tensors}
-        parts = [[key, str(t.dtype).removeprefix("torch."), list(t.shape), kernels.checksum(t)]
+        parts = [(key, str(t.dtype).removeprefix("torch."), tuple(t.shape), kernels.checksum(t))
                  for key, t in tensors.items()]
         table = json.dumps({"mark": self._mark, "name": _stem(name), "parts": parts}).encode()
         start = hashlib.blake2b(table, digest_size=DIGEST).digest()
@@ -344,6 +354,8 @@ class DiskTier:
             self._write(beside, data)
             os.replace(beside, path)
             self._size += sum(part.nbytes for part in data)
+            if name.endswith(".rows"):
+                self._listing.add(name, _located(parts, len(start) + len(table)))
         except OSError as error:  # a full disk, for one
             log.warning("%s is not written: %s", name, error)
             self.failures += 1
@@ -373,6 +385,7 @@ class DiskTier:
             files.sort()
             between = [file for file in files if file[2].endswith(".between")]
             rest = sum(size for _, size, _ in between)
+            self._missed = True
             for some, least in ((between, rest - self.budget // 2), (files, self._size)):
                 for _, size, path in some:
                     if self._size <= 0.9 * self.budget or least <= 0:
@@ -401,6 +414,15 @@ def _cut_name(whole: bytes, tail: array[int]) -> str:
 def _stem(name: str) -> str:
     """A file's name but for its kind."""
     return name.rpartition(".")[0]
+
+
+def _located(parts: Iterable[Sequence[Any]], offset: int) -> list[_Part]:
+    """Parts as a table of contents has them, of which the first begins at ``offset``."""
+    found = []
+    for key, dtype, shape, checksum in parts:
+        found.append(_Part(key, DTYPES[dtype], tuple(shape), checksum, offset))
+        offset += math.prod(shape) * DTYPES[dtype].itemsize
+    return found
 
 
 def _runs(places: Sequence[_Place | None]) -> Iterator[list[_Place]]:
