@@ -32,6 +32,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -47,6 +48,7 @@ FORMAT = b"dsv4 attention state 2"
 DIGEST = 16  # bytes
 PENDING = 64 << 20  # bytes of cuts that may wait to be written
 PACK = 4 << 20  # bytes of blocks in a file; read at once, they are freed when the last of them is
+READERS = 2  # threads: one checks what it has read while another waits for the disk
 AT_ONCE = 512  # buffers that are read or written by one call; systems take 1,024
 COARSE = 50_000_000  # nanoseconds within which two changes of a folder may have one time
 ROOT = bytes(DIGEST)
@@ -237,16 +239,18 @@ class DiskTier:
     ) -> list[Block]:
         """The blocks from number ``at`` on, which end at ``digests[at + 1], ...``, as far as they
         are there."""
+        files, reads, start = list[str](), list[Callable[[int], list[Block]]](), at * GRAIN
+        for run in _runs([listing.blocks.get(digest) for digest in digests[at + 1 :]]):
+            file, part = run[0].file, tokens[start : start + len(run) * GRAIN]
+            files.append(file)
+            reads.append(partial(_read_run, pack=listing.packs[file], run=run, tokens=part))
+            start += len(part)
         found = list[Block]()
-        places = [listing.blocks.get(digest) for digest in digests[at + 1 :]]
-        for run in _runs(places):
-            start, pack = (at + len(found)) * GRAIN, listing.packs[run[0].file]
-            part = tokens[start : start + len(run) * GRAIN]
-            read = partial(_read_run, pack=pack, run=run, tokens=part)
-            some = self._read(run[0].file, read)
-            if some is None:
-                break
-            found += some
+        with ThreadPoolExecutor(READERS) as pool:
+            for some in pool.map(self._read, files, reads):
+                if some is None:
+                    break
+                found += some
         return found
 
     # ------------------------------------------------------------------ keeping
