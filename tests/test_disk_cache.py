@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -167,9 +167,10 @@ class Killed(BaseException):
 def test_killed_at_any_write(disk: Open) -> None:
     random = Random(3)
     for round_ in range(60):
-        left = [random.randrange(8)]
+        left = [random.randrange(5)]
 
-        def write(file: Path, data: bytes, left: list[int] = left) -> None:
+        def write(file: Path, parts: Sequence[memoryview], left: list[int] = left) -> None:
+            data = b"".join(parts)
             if left[0] == 0:
                 file.write_bytes(data[: random.randrange(len(data) + 1)])
                 raise Killed
@@ -180,11 +181,13 @@ def test_killed_at_any_write(disk: Open) -> None:
         victim = disk(write=write)
         blocks, cut = timeline(tokens)
         try:
-            victim._save(array("i", tokens), blocks, [cut])
+            some = array("i", tokens[:300])
+            victim._save(some, blocks[:2], [timeline(tokens[:300])[1]], [300])
+            victim._save(array("i", tokens), blocks, [cut], [501])
         except Killed:
             pass
         after = disk()
-        assert right(after.find([*tokens, 1], 0, []), tokens) in (0, 501)
+        assert right(after.find([*tokens, 1], 0, []), tokens) in (0, 300, 501)
         save(after, tokens)
         assert right(after.find([*tokens, 1], 0, []), tokens) == 501
         assert after.failures == 0
@@ -193,7 +196,8 @@ def test_killed_at_any_write(disk: Open) -> None:
 def test_a_full_disk_is_a_miss(disk: Open) -> None:
     room = [6000]
 
-    def write(file: Path, data: bytes) -> None:
+    def write(file: Path, parts: Sequence[memoryview]) -> None:
+        data = b"".join(parts)
         room[0] -= len(data)
         if room[0] < 0:
             file.write_bytes(data[: len(data) // 2])
@@ -220,6 +224,54 @@ def test_the_least_recently_used_goes_when_there_is_too_much(disk: Open) -> None
     assert right(tier.find([11, *TEXT], 0, []), [11, *TEXT]) == 301
     assert tier.find([1, *TEXT], 0, []) is None
     assert sum(p.stat().st_size for p in tier.folder.iterdir()) <= 45_000
+
+
+def test_cuts_between_others_make_room_first(disk: Open) -> None:
+    def save_dense(tokens: list[int]) -> None:
+        blocks, _ = timeline(tokens)
+        cuts = [timeline(tokens, at)[1] for at in range(16, len(tokens) + 1, 16)]
+        tier.save(tokens, blocks, cuts, [len(tokens)])
+        tier.flush()
+        time.sleep(0.002)  # file times
+
+    tier = disk(budget=200_000)
+    texts = [[i, *TEXT[: 5 * GRAIN - 1]] for i in range(6)]
+    edit = 3 * GRAIN + 5  # what is before it is a cut between others
+    save_dense(texts[0])
+    assert right(tier.find([*texts[0][:edit], 1, 1], 0, []), texts[0]) == 3 * GRAIN
+    for text in texts[1:]:
+        save_dense(text)
+    ends = [right(tier.find([*text, 1], 0, []), text) for text in texts]
+    edits = [right(tier.find([*text[:edit], 1, 1], 0, []), text) for text in texts]
+    assert ends == [5 * GRAIN] * 6  # as before, for as many timelines
+    assert edits[0] == 0 and edits[-1] == 3 * GRAIN
+    files = list(tier.folder.iterdir())
+    between = sum(p.stat().st_size for p in files if p.suffix == ".between")
+    assert between > 50_000 and sum(p.stat().st_size for p in files) <= 200_000
+
+
+def test_a_cut_between_others_that_a_message_ends_at(disk: Open) -> None:
+    tier, tokens = disk(), TEXT[:300]
+    blocks, cut = timeline(tokens)
+    for lasting, kind in (([], ".between"), ([300], ".cut"), ([], ".cut")):
+        tier.save(tokens, blocks, [cut], lasting)
+        tier.flush()
+        assert [p.suffix for p in tier.folder.glob("*-*-*") if p.suffix != ".rows"] == [kind]
+        assert right(disk().find(TEXT, 0, []), TEXT) == 300
+
+
+def test_a_timeline_is_in_few_files(disk: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = disk()
+    save(tier, TEXT[:2000])
+    save(tier, [*TEXT[:1000], *TEXT[:1000]])
+    packs = [p for p in tier.folder.iterdir() if p.suffix == ".rows"]
+    size = sum(p.stat().st_size for p in packs)
+    assert len(packs) == 2 and size < 24 * (SIZE + 4 * GRAIN + 200)  # blocks shared are there once
+    assert right(tier.find(TEXT[:2001], 0, []), TEXT) == 2000
+    monkeypatch.setattr("dsv4.engine.disk.PACK", 3 * SIZE)
+    save(tier, [7, *TEXT[:2000]])
+    assert len([p for p in tier.folder.iterdir() if p.suffix == ".rows"]) == 2 + 5
+    assert right(tier.find([7, *TEXT[:2001]], 0, []), [7, *TEXT]) == 2001
 
 
 WRITER = """

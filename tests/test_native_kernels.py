@@ -21,6 +21,8 @@ from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
 from dsv4.errors import ConfigError
 from dsv4.kernels import PagedRows, RowFormat, Stored, reference
+from dsv4.kernels.threads import one_thread
+from dsv4.kernels.threads import threads as threads_for
 from dsv4.synth import synthesize
 
 native = pytest.importorskip("dsv4.kernels.native", exc_type=ImportError)
@@ -441,6 +443,46 @@ def test_attention_of_queries_that_see_the_same_rows(heads: int) -> None:
         dtype=BF16,
     )
     close(got, wanted, 4)
+
+
+def test_long_steps_of_a_pass_with_one_thread_have_more() -> None:
+    """To the same bits."""
+    heads, count, k = 4, 20_000, 32
+    q = reference.hadamard_fp4(activations(heads, 128, BF16)).view(1, 1, heads, 128)
+    keys = reference.hadamard_fp4(activations(count, 128, BF16, 2))[None]
+    keys[:, 5000:9000] = keys[:, 5000:5001].clone()
+    weights = activations(1, heads, BF16).abs().view(1, 1, heads)
+    here = torch.get_num_threads()
+    found = []
+    for most in (1, 2, 5):
+        torch.set_num_threads(most)
+        try:
+            with one_thread():
+                assert torch.get_num_threads() == 1
+                assert [threads_for(n) for n in (0, 2, 9)] == [1, min(2, most), most]
+                found.append(native.index_topk(q, keys, weights, 4 * count - 1, 4, k))
+            assert threads_for(0) == threads_for(9) == torch.get_num_threads() == most
+        finally:
+            torch.set_num_threads(here)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, BF16])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 64, 1000, 21_157])
+def test_checksum(count: int, dtype: torch.dtype) -> None:
+    data = (1000 * torch.randn(count, generator=torch.Generator().manual_seed(count))).to(dtype)
+    whole = native.checksum(data)
+    assert whole == reference.checksum(data)
+    stored = data.view(torch.uint8)
+    for place in range(0, len(stored), max(1, len(stored) // 50)):
+        stored[place] ^= 1 << place % 8
+        assert native.checksum(data) != whole
+        other = (place + 64) % len(stored)  # and two changes whose sum is none
+        stored[other] ^= 1 << place % 8
+        assert other == place or native.checksum(data) != whole
+        stored[other] ^= 1 << place % 8
+        stored[place] ^= 1 << place % 8
+    assert native.checksum(data) == whole
 
 
 @BOTH

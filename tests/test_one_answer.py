@@ -211,3 +211,26 @@ def test_after_a_restart_with_a_disk(
         hits = [generation.usage.reuse.disk for generation in running]
         assert tier.failures == 0
         assert sum(hits) > 300 if start else not any(hits)
+
+
+def test_an_edit_after_a_restart_costs_what_follows_it_and_127_tokens_at_most(
+    model: dsv4.Model, tmp_path: Path
+) -> None:
+    random = Random(5)
+    text = [random.randrange(2, VOCAB) for _ in range(1000)]
+    params = SamplingParams(max_tokens=2, temperature=0, stop_token_ids=())
+
+    def answer(prompt: list[int]) -> Generation:
+        tier = DiskTier(tmp_path, model.fingerprint(), 1 << 30)
+        with Engine(model, step_tokens=200, disk=tier) as engine:
+            generation = engine.submit(prompt, params)
+            generation.result()
+        assert tier.failures == 0
+        return generation
+
+    answer(text)
+    for place in (999, 640, 639, 300, 130, 127):
+        edited = [*text[:place], 1 + text[place] % 200, *text[place + 1 :]]
+        generation = answer(edited)
+        assert generation.usage.reuse.hit == generation.usage.reuse.disk >= place // 128 * 128
+        assert generation.tokens == model.generate(edited, params)

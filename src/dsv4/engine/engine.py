@@ -41,7 +41,7 @@ from .watchdog import Watchdog
 _STUCK = "the model's step does not return"
 _STUCK_HINT = "restart the server; its log says since when"
 AUDIT = 256  # blocks that are looked at when there is nothing else to do
-SAVE_EVERY = 16 * GRAIN  # tokens between cuts on disk, beside those where messages end
+SAVE_EVERY = 16 * GRAIN  # tokens after which what was computed is saved, if no message ends before
 log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -230,6 +230,7 @@ class _Request:
         self.tokens = list(generation.prompt)  # and what was sampled
         self.state: Any = None
         self.lease: Lease | None = None
+        self.unsaved: list[Any] = []  # cuts that are not on their way to the disk yet
         self.reuse: Reuse | None = None  # once it was looked for
         self.suspect = False  # was part of a pass that failed
         self.started: float | None = None
@@ -503,6 +504,7 @@ class Engine:
         if request.lease is not None:
             self._cache.release(request.lease)
         request.lease = request.state = request.trail = None
+        request.unsaved = []
         request.guess, request.job.guesses = [], 0
 
     def _set_aside(self, request: _Request) -> None:
@@ -523,9 +525,13 @@ class Engine:
         if here and request.lease is not None:
             cuts = [state.cut(at) for at in sorted(here)]
             self._cache.keep(request.lease, request.tokens, state.blocks, cuts, ends)
-            if self._disk is not None:
-                lasting = [c for c in cuts if c.position in ends or c.position % SAVE_EVERY == 0]
-                self._disk.save(request.tokens, state.blocks, lasting)
+            if self._disk is None:
+                return
+            request.unsaved += cuts
+            lasting = ends | {at for at in here if at % SAVE_EVERY == 0}
+            if lasting:
+                self._disk.save(request.tokens, state.blocks, request.unsaved, lasting)
+                request.unsaved = []
 
     # ------------------------------------------------------------------ run and commit
 

@@ -16,7 +16,6 @@ whatever the passes' lengths are; ``settle`` ends that and frees what it took.
 from __future__ import annotations
 
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..config import V4Config
 from ..errors import DSV4Error
 from ..kernels import PagedRows, RowFormat
@@ -85,14 +85,19 @@ class Block:
         self.data = torch.empty(size, dtype=torch.uint8)
         self.claimed = 0
 
+    @classmethod
+    def of(cls, data: Tensor, tokens: int) -> Block:
+        """A block of rows that are there, of which so many tokens' count."""
+        block = cls.__new__(cls)
+        block.data, block.claimed = data, tokens
+        return block
+
     def copy(self, tokens: int) -> Block:
         """Another block with the same rows, of which so many tokens' count."""
-        other = Block(0)
-        other.data, other.claimed = self.data.clone(), tokens
-        return other
+        return Block.of(self.data.clone(), tokens)
 
     def checksum(self) -> int:
-        return zlib.crc32(self.data.numpy().data)
+        return kernels.checksum(self.data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,10 +244,9 @@ class KVState:
         state = cls(layout)
         if cut is None:
             return state
-        for block in blocks[: cut.position // GRAIN]:
-            state._append(block)
+        state._append(blocks[: cut.position // GRAIN])
         if cut.partial is not None:
-            state._append(cut.partial)
+            state._append([cut.partial])
         for layer, parts in zip(state.layers, cut.layers, strict=True):
             layer.put_back(parts)
         state.length = cut.position
@@ -251,14 +255,16 @@ class KVState:
     def block_data(self) -> list[Tensor]:
         return self._data
 
-    def _append(self, block: Block) -> None:
-        count = len(self.blocks)
-        if count == len(self.addresses):
+    def _append(self, blocks: Sequence[Block]) -> None:
+        data = [block.data for block in blocks]
+        first, end = len(self.blocks), len(self.blocks) + len(blocks)
+        if end > len(self.addresses):
             # not in place: a pass may be reading the old one
-            self.addresses = torch.cat((self.addresses, torch.empty_like(self.addresses)))
-        self.addresses[count] = block.data.data_ptr()
-        self.blocks.append(block)
-        self._data.append(block.data)
+            more = self.addresses.new_empty(max(end, 2 * first) - first)
+            self.addresses = torch.cat((self.addresses[:first], more))
+        self.addresses[first:end] = torch.tensor([t.data_ptr() for t in data], dtype=torch.int64)
+        self.blocks += blocks
+        self._data += data
 
     def reserve(self, tokens: int) -> None:
         """Make room for the rows of so many more tokens, in blocks that this timeline may write."""
@@ -271,8 +277,9 @@ class KVState:
                 self.addresses = self.addresses.clone()
                 self.addresses[len(self.blocks) - 1] = last.data.data_ptr()
         end = self.length + tokens
-        while len(self.blocks) * GRAIN < end:
-            self._append(Block(self.layout.bytes))
+        wanted = -(-end // GRAIN) - len(self.blocks)
+        if wanted > 0:
+            self._append([Block(self.layout.bytes) for _ in range(wanted)])
         for i in range(self.length // GRAIN, len(self.blocks)):
             self.blocks[i].claimed = min(GRAIN, end - i * GRAIN)
 

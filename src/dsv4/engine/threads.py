@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..kernels.threads import one_thread
+
 SMALL = 100_000_000  # parameters touched per token
 
 
@@ -16,15 +18,11 @@ def suitable_threads(parameters: int, rows: int) -> Iterator[None]:
 
     One or two tokens (a guess is checked beside the one before it) of a model of less than SMALL,
     such as v4-nano, are computed in one thread: what another would do it can hardly be told in
-    less time. All else has the threads that torch was
+    less time. All else, and what reads megabytes of a long context, has the threads that torch was
     given (``torch.set_num_threads``, ``--threads``; by default one per core).
     """
-    given = torch.get_num_threads()
-    if rows > 2 or parameters >= SMALL or given == 1:
+    if rows > 2 or parameters >= SMALL or torch.get_num_threads() == 1:
         yield
         return
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         yield
-    finally:
-        torch.set_num_threads(given)

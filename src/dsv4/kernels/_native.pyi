@@ -54,6 +54,8 @@ def index_topk(
     weights: int, start: int, ratio: int, k: int, out: int, threads: int, /,
 ) -> None: ...
 
+def checksum(data: int, bytes: int, /) -> tuple[int, int]: ...
+
 Address = tuple[int, int, int, int, int, int]
 
 class Experts:

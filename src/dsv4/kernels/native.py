@@ -23,8 +23,9 @@ from ..quant import E4M3, E8M0
 from . import _native, reference
 from .reference import Matrices, Stored
 from .rows import PagedRows, Rows
+from .threads import threads
 
-if not hasattr(_native, "ROWS_IN_PIECES"):
+if not hasattr(_native, "checksum"):
     raise ConfigError(
         "the native kernels were built from older sources than this checkout's",
         hint="make setup (or build them as CONTRIBUTING.md says); DSV4_KERNELS=reference goes on "
@@ -34,9 +35,10 @@ FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.floa
 KERNELS = (
     "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
     "hadamard_fp4", "hc_read", "hc_head", "hc_expand", "sinkhorn", "pool",
-    "route", "swiglu", "attention", "index_topk",
+    "route", "swiglu", "attention", "index_topk", "checksum",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
+INDEXED = 1 << 16  # heads times keys that are worth a thread: 0.1 ms
 FP4 = (torch.int8, torch.uint8)  # two codes in each
 
 
@@ -481,15 +483,24 @@ def index_topk(
         return reference.index_topk(q, keys, weights, start, ratio, k)
     q, weights = q.contiguous(), weights.contiguous()
     out = torch.empty(batch, queries, k, dtype=torch.int64)
+    share = threads(heads * ((start + queries) // ratio) // INDEXED)
     for b in range(batch):
         pieces, _, kept_alive = _pieces(keys, b)
         packed = isinstance(keys, PagedRows) and keys.format.packed is not None
         _native.index_topk(
             q[b].data_ptr(), q.dtype == BF16, queries, heads, dim, pieces, packed,
-            weights[b].data_ptr(), start, ratio, k, out[b].data_ptr(), torch.get_num_threads(),
+            weights[b].data_ptr(), start, ratio, k, out[b].data_ptr(), share,
         )  # fmt: skip
         del kept_alive
     return out
+
+
+def checksum(data: Tensor) -> int:
+    """See ``reference.checksum``."""
+    if not data.is_contiguous() or data.device.type != "cpu":
+        return reference.checksum(data)
+    plain, weighted = _native.checksum(data.data_ptr(), data.nbytes)
+    return int(weighted) << 64 | int(plain)
 
 
 if "DSV4_ISA" in os.environ:

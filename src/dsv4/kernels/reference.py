@@ -831,3 +831,21 @@ def _one_row(
     down = zip(batch([w2[e] for e in ids]), act.float(), strict=True)
     out = torch.stack([torch.mv(weight, row) for weight, row in down])
     return out.to(dtype).float().sum(0, keepdim=True)
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def checksum(data: Tensor) -> int:
+    """128 bits that change with any change of one word, or of two, of a tensor's bytes, and hardly
+    ever stay the same after others: the sum of its words of 32 bits, and above it their sum with
+    weights: 16 times the rows of sixteen words that are left, this one included, and the place in
+    the row. Zeros fill the last row."""
+    stored = data.detach().contiguous().reshape(-1).view(torch.uint8)
+    rows = torch.zeros(-(-len(stored) // 64) * 64, dtype=torch.uint8)
+    rows[: len(stored)] = stored
+    words = (rows.view(torch.int32).to(torch.int64) & 0xFFFFFFFF).view(-1, 16)
+    left = torch.arange(len(words), 0, -1).unsqueeze(-1)
+    weights = 16 * left + torch.arange(16)
+    most = 1 << 64
+    return int((words * weights).sum()) % most << 64 | int(words.sum()) % most

@@ -16,6 +16,8 @@ namespace {
 using dsv4::Attention;
 using dsv4::TILE;
 
+constexpr int64_t AHEAD = 2 * TILE;  // keys that the memory is asked for in advance
+
 // out[4 h + i] = x[h] . keys[i] for four rows of `bytes` bytes and four keys.
 template <bool BF16>
 inline f32x16 dots(const char* const* x, const char* const* keys, int64_t bytes) {
@@ -129,10 +131,21 @@ inline void weigh(int heads, const float* weights, int64_t room, const char* con
 inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t* to) {
   const int64_t plain = width - kept;
   const char* scales = from + plain + 2 * kept;
+#if DSV4_PAIRS
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // what unpacking undoes
+  for (int64_t i = 0; i < plain; i += 64) {
+    __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from + i));
+    __m512i low = Fp8Row::lookup(E4M3.low, code), high = Fp8Row::lookup(E4M3.high, code);
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // a | (b & c)
+    store(to + i, with_scale((u16x32)_mm512_unpacklo_epi8(low, high), (uint8_t)scales[i / 64]));
+    store(to + i + 32, with_scale((u16x32)_mm512_unpackhi_epi8(low, high), (uint8_t)scales[i / 64]));
+  }
+#else
   for (int64_t i = 0; i < plain; i += 32) {
     u16x32 code = __builtin_convertvector(load<u8x32>(from + i), u16x32);
     store(to + i, with_scale(Fp8Row::words(code), (uint8_t)scales[i / 64]));
   }
+#endif
   std::memcpy(to + plain, from + plain, 2 * kept);
 }
 
@@ -178,8 +191,8 @@ struct Keys {
     }
   }
 
-  // Asks the memory for chosen rows, which lie anywhere.
-  void fetch(int64_t first) const {
+  // Asks the memory for rows, which lie anywhere. (Not inlined, GCC thinks that it does nothing.)
+  __attribute__((always_inline)) void fetch(int64_t first) const {
     for (int64_t i = std::max(first, near); i < std::min(first + TILE, count); i++) {
       const auto* at = reinterpret_cast<const uint8_t*>(row(i));
       for (int64_t byte = 0; byte < job.rows.bytes; byte += 64) prefetch(at + byte);
@@ -209,6 +222,7 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
   auto in_tiles = [&](auto&& each) {
     const char* some[TILE];
     for (int64_t i = 0; i < last.count; i += TILE) {
+      if (job.kept != 0 || all) last.fetch(i + AHEAD);
       const bool shared = queries == 1 || i >= near;
       const char** keys = all ? listed + i : some;
       if (shared) last.get(i, unpacked + (all ? i * width : 0), keys);
@@ -220,9 +234,7 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
       }
     }
   };
-  if (last.chosen != nullptr) last.fetch(near);
   in_tiles([&](int64_t q, int64_t i, const char* const* keys, int64_t) {
-    if (last.chosen != nullptr && i >= near / TILE * TILE) last.fetch(i + 2 * TILE);
     const char* first = static_cast<const char*>(job.q) + ((query + q) * job.heads + head) * bytes;
     for (int64_t h = 0; h < heads; h += 4) {
       FourRows x(first + h * bytes, bytes, heads - h);

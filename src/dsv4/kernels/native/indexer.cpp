@@ -63,7 +63,8 @@ inline void unpack_key(const char* from, int64_t width, uint16_t* to) {
 }
 
 // Asks the memory for the keys first, first + 1, ... of a tile, where they lie one after the other.
-inline void fetch(const IndexTopk& job, int64_t first, int64_t end) {
+// (Not inlined, GCC thinks that it does nothing.)
+__attribute__((always_inline)) inline void fetch(const IndexTopk& job, int64_t first, int64_t end) {
   if (job.keys.each % 16 != 0 || first % 16 != 0) return;
   for (; first + 16 <= end && first % TILE + 16 <= TILE; first += 16) {
     const auto* start = reinterpret_cast<const uint8_t*>(job.keys.row(first));

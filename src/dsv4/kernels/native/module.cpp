@@ -210,6 +210,35 @@ void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64
   parallel(threads, queries, select);
 }
 
+// The words of 32 bits, summed, and summed with weights: see reference.checksum. Sums of sums give
+// each row of sixteen words the weight of the rows that are left.
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+__attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
+std::tuple<uint64_t, uint64_t> checksum(uintptr_t data, int64_t bytes) {
+  constexpr int64_t ROW = 16;
+  uint64_t sums[ROW] = {}, sums_of_sums[ROW] = {};
+  const auto* from = at<uint8_t>(data);
+  for (int64_t i = 0; i < bytes; i += 4 * ROW) {
+    uint32_t words[ROW] = {};
+    if (bytes - i >= 4 * ROW) {
+      std::memcpy(words, from + i, 4 * ROW);
+    } else {
+      std::memcpy(words, from + i, bytes - i);
+    }
+    for (int64_t w = 0; w < ROW; w++) {
+      sums[w] += words[w];
+      sums_of_sums[w] += sums[w];
+    }
+  }
+  uint64_t plain = 0, weighted = 0;
+  for (int64_t w = 0; w < ROW; w++) {
+    plain += sums[w];
+    weighted += ROW * sums_of_sums[w] + w * sums[w];
+  }
+  return {plain, weighted};
+}
+
 // One expert's matrices: gate, up, down as (weight, scale, format, scale_bytes, outputs, inputs).
 using Address = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t>;
 
@@ -252,9 +281,9 @@ NB_MODULE(_native, m) {
   m.def("pool", pool, release);
   m.def("route", route, release);
   m.def("swiglu", swiglu, release);
-  m.attr("ROWS_IN_PIECES") = true;  // what native.py was written for
   m.def("attention", attention, release);
   m.def("index_topk", index_topk, release);
+  m.def("checksum", checksum, release);
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<>())
       .def("append", &Experts::append)

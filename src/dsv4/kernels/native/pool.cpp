@@ -46,24 +46,37 @@ class Pool {
       shares_[seat].next = tasks * seat / threads;
       shares_[seat].end = tasks * (seat + 1) / threads;
     }
-    busy_ = (int)workers_.size();
+    inside_ = 0;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       round_++;
     }
     wake_.notify_all();
     take(0);
-    wait_for([this] { return busy_ == 0; }, mutex_, done_);
+    inside_ |= CLOSED;  // whoever comes now is too late, and not waited for
+    wait_for([this] { return inside_ == CLOSED; }, mutex_, done_);
   }
 
  private:
   void serve(int seat, uint64_t seen) {
-    for (;; seen++) {
+    for (;;) {
       wait_for([&] { return round_ != seen; }, mutex_, wake_);
+      seen = round_;
+      if (!enter()) continue;
       if (seat < seats_) take(seat);
+      if (--inside_ != CLOSED) continue;
       std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
+      done_.notify_one();
     }
+  }
+
+  // Whether there is still something to do, which stays as it is until all that entered have left.
+  bool enter() {
+    int inside = inside_;
+    while (!(inside & CLOSED)) {
+      if (inside_.compare_exchange_weak(inside, inside + 1)) return true;
+    }
+    return false;
   }
 
   // Neighbouring tasks read neighbouring memory, of which one asks for what comes next: so each
@@ -85,7 +98,8 @@ class Pool {
   std::vector<std::thread> workers_;
   std::deque<Share> shares_;  // of each seat
   std::atomic<uint64_t> round_{0};
-  std::atomic<int> busy_{0};  // workers that have not seen the end of this round
+  static constexpr int CLOSED = 1 << 30;
+  std::atomic<int> inside_{CLOSED};  // workers that are at it, and whether it is too late to begin
   Work work_ = nullptr;
   void* context_ = nullptr;
   int seats_ = 0;
