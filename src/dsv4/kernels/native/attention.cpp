@@ -6,15 +6,14 @@
 // they are chosen for a query, or else each time, into the nearest cache, for several queries.
 #include <algorithm>
 
+#include "attention_keys.h"
+#include "attention_tiles.h"
 #include "functions.h"
 #include "kernels.h"
 #include "packed.h"
 
 namespace DSV4_ISA {
 namespace {
-
-using dsv4::Attention;
-using dsv4::TILE;
 
 // out[4 h + i] = x[h] . keys[i] for four rows of `bytes` bytes and four keys.
 template <bool BF16>
@@ -43,10 +42,6 @@ inline f32x4 quarter(f32x16 v, int i) {
 
 // Sums of weights[i] * values[i][0 .. 31], where a weight is a pair: that of key 2 i and, above it,
 // that of key 2 i + 1, whose product is added first.
-struct Sums {
-  f32x16 a, b;
-};
-
 template <bool BF16>
 inline Sums add_values(Sums sum, const float* weights, const char* first, const char* second) {
 #if DSV4_PAIRS
@@ -65,15 +60,6 @@ inline Sums add_values(Sums sum, const float* weights, const char* first, const 
 }
 
 constexpr bool paired(bool bf16) { return bf16 && DSV4_PAIRS; }
-
-// The sums in the order of channels.
-template <bool BF16>
-inline Sums in_order(Sums s) {
-  if (!paired(BF16)) return s;
-  return {__builtin_shufflevector(s.a, s.b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
-          __builtin_shufflevector(s.a, s.b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30,
-                                  31)};
-}
 
 // sums [heads, width] += `weights` [heads, room] times the rows of `keys` (an even number), for
 // BLOCKS blocks of 32 channels.
@@ -123,69 +109,7 @@ inline void weigh(int heads, const float* weights, int64_t room, const char* con
   }
 }
 
-// ---------------------------------------------------------------- packed rows
-
-// An entry of `width` channels as bfloat16; see Attention for `kept`.
-inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t* to) {
-  const int64_t plain = width - kept;
-  const char* scales = from + plain + 2 * kept;
-  for (int64_t i = 0; i < plain; i += 32) {
-    u16x32 code = __builtin_convertvector(load<u8x32>(from + i), u16x32);
-    store(to + i, with_scale(Fp8Row::words(code), (uint8_t)scales[i / 64]));
-  }
-  std::memcpy(to + plain, from + plain, 2 * kept);
-}
-
 // ---------------------------------------------------------------- attention
-
-// The keys of a query: `near` of the window, then rows.
-struct Keys {
-  const Attention& job;
-  int64_t query, near, count;
-  const int64_t* chosen;  // which rows; null: all up to the query
-
-  // `space`: for k numbers.
-  Keys(const Attention& job, int64_t query, int64_t* space)
-      : job(job), query(query), chosen(job.chosen == nullptr ? nullptr : space) {
-    near = count = std::min(job.earlier + query + 1, job.width);
-    if (job.rows.pieces == nullptr) return;
-    if (chosen == nullptr) count += (job.start + query + 1) / job.ratio;
-    for (int64_t i = 0; chosen != nullptr && i < job.k; i++) {
-      const int64_t row = job.chosen[query * job.k + i];
-      if (row >= 0) space[count++ - near] = row;
-    }
-  }
-
-  const char* row(int64_t i) const {
-    return job.rows.row(chosen == nullptr ? i - near : chosen[i - near]);
-  }
-
-  // Keys first .. first + TILE - 1; after the last one, it again. Packed ones are unpacked to `room`.
-  void get(int64_t first, uint16_t* room, const char** keys) const {
-    const int64_t width = job.width_of_head, bytes = width * (job.is_bf16 ? 2 : 4);
-    for (int64_t i = first; i < first + TILE; i++, keys++, room += width) {
-      if (i >= count) {
-        *keys = keys[-1];
-      } else if (i < near) {
-        const int64_t at = job.earlier + query + 1 - near + i;
-        *keys = static_cast<const char*>(job.window) + at * bytes;
-      } else if (job.kept == 0) {
-        *keys = row(i);
-      } else {
-        unpack_entry(row(i), width, job.kept, room);
-        *keys = reinterpret_cast<const char*>(room);
-      }
-    }
-  }
-
-  // Asks the memory for chosen rows, which lie anywhere.
-  void fetch(int64_t first) const {
-    for (int64_t i = std::max(first, near); i < std::min(first + TILE, count); i++) {
-      const auto* at = reinterpret_cast<const uint8_t*>(row(i));
-      for (int64_t byte = 0; byte < job.rows.bytes; byte += 64) prefetch(at + byte);
-    }
-  }
-};
 
 // Several queries see the same rows but for the last ones, and windows of the same length, which
 // is a multiple of TILE; or there is one query.
@@ -273,7 +197,8 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
     char* out = static_cast<char*>(job.out) + ((query + q) * job.heads + head) * bytes;
     for (int64_t h = 0; h < heads; h++) {
       for (int64_t channel = 0; channel < width; channel += 32) {
-        Sums s = in_order<BF16>(load<Sums>(sums_of + (q * heads + h) * width + channel));
+        Sums s = load<Sums>(sums_of + (q * heads + h) * width + channel);
+        if (paired(BF16)) s = in_order(s);
         put(out, BF16, h * width + channel, s.a / totals[q][h]);
         put(out, BF16, h * width + channel + LANES, s.b / totals[q][h]);
       }
@@ -286,6 +211,9 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
 void attend(const Attention& job, int64_t query, int64_t queries, int64_t head, int64_t heads,
             uint8_t* space) {
   FlushSubnormals guard;
+#if DSV4_TILES
+  if (job.is_bf16) return attend_with_tiles(job, query, queries, head, heads, space);
+#endif
   if (job.is_bf16) return attend_as<true>(job, query, queries, head, heads, space);
   attend_as<false>(job, query, queries, head, heads, space);
 }

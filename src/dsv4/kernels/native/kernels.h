@@ -182,7 +182,18 @@ inline int64_t unpacked_rows(const Attention& job) {
   return job.chosen ? job.width + job.k + TILE : job.kept ? TILE : 0;
 }
 
-// What so many queries take that see at most so many keys.
+constexpr int64_t TILED_KEYS = 640;  // whose values lie ready for tiles at once
+
+// What so many queries take that see at most so many keys, with tiles.
+inline int64_t tiled_attention_space(const Attention& job, int64_t queries, int64_t heads,
+                                     int64_t keys) {
+  const int64_t columns = (queries * heads + 15) / 16 * 16, room = keys + TILE;
+  const int64_t ready = room < TILED_KEYS ? room : TILED_KEYS;
+  return 8 * (job.k + 8) + 2 * job.width_of_head * (TILE + columns + ready) +
+         4 * columns * (room + job.width_of_head + 1) + 64;
+}
+
+// The same without.
 inline int64_t attention_space(const Attention& job, int64_t queries, int64_t heads, int64_t keys) {
   return 8 * (job.k + 8) + unpacked_rows(job) * (2 * job.width_of_head + 8) +
          4 * queries * heads * (job.width_of_head + keys + TILE);

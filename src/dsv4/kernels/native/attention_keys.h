@@ -1,0 +1,92 @@
+// The keys of attention: where a query's entries are, and packed ones as numbers.
+#pragma once
+
+#include <algorithm>
+
+#include "packed.h"
+
+namespace DSV4_ISA {
+namespace {
+
+using dsv4::Attention;
+using dsv4::TILE;
+
+// Sums of 32 channels.
+struct Sums {
+  f32x16 a, b;
+};
+
+// The sums in the order of channels, where words of two rows were put side by side as UNPCKLWD and
+// UNPCKHWD do it.
+inline Sums in_order(Sums s) {
+  return {__builtin_shufflevector(s.a, s.b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+          __builtin_shufflevector(s.a, s.b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30,
+                                  31)};
+}
+
+// ---------------------------------------------------------------- packed rows
+
+// An entry of `width` channels as bfloat16; see Attention for `kept`.
+inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t* to) {
+  const int64_t plain = width - kept;
+  const char* scales = from + plain + 2 * kept;
+  for (int64_t i = 0; i < plain; i += 32) {
+    u16x32 code = __builtin_convertvector(load<u8x32>(from + i), u16x32);
+    store(to + i, with_scale(Fp8Row::words(code), (uint8_t)scales[i / 64]));
+  }
+  std::memcpy(to + plain, from + plain, 2 * kept);
+}
+
+// ---------------------------------------------------------------- keys
+
+// The keys of a query: `near` of the window, then rows.
+struct Keys {
+  const Attention& job;
+  int64_t query, near, count;
+  const int64_t* chosen;  // which rows; null: all up to the query
+
+  // `space`: for k numbers.
+  Keys(const Attention& job, int64_t query, int64_t* space)
+      : job(job), query(query), chosen(job.chosen == nullptr ? nullptr : space) {
+    near = count = std::min(job.earlier + query + 1, job.width);
+    if (job.rows.pieces == nullptr) return;
+    if (chosen == nullptr) count += (job.start + query + 1) / job.ratio;
+    for (int64_t i = 0; chosen != nullptr && i < job.k; i++) {
+      const int64_t row = job.chosen[query * job.k + i];
+      if (row >= 0) space[count++ - near] = row;
+    }
+  }
+
+  const char* row(int64_t i) const {
+    return job.rows.row(chosen == nullptr ? i - near : chosen[i - near]);
+  }
+
+  // Keys first .. first + TILE - 1; after the last one, it again. Packed ones are unpacked to `room`.
+  void get(int64_t first, uint16_t* room, const char** keys) const {
+    const int64_t width = job.width_of_head, bytes = width * (job.is_bf16 ? 2 : 4);
+    for (int64_t i = first; i < first + TILE; i++, keys++, room += width) {
+      if (i >= count) {
+        *keys = keys[-1];
+      } else if (i < near) {
+        const int64_t at = job.earlier + query + 1 - near + i;
+        *keys = static_cast<const char*>(job.window) + at * bytes;
+      } else if (job.kept == 0) {
+        *keys = row(i);
+      } else {
+        unpack_entry(row(i), width, job.kept, room);
+        *keys = reinterpret_cast<const char*>(room);
+      }
+    }
+  }
+
+  // Asks the memory for chosen rows, which lie anywhere.
+  void fetch(int64_t first) const {
+    for (int64_t i = std::max(first, near); i < std::min(first + TILE, count); i++) {
+      const auto* at = reinterpret_cast<const uint8_t*>(row(i));
+      for (int64_t byte = 0; byte < job.rows.bytes; byte += 64) prefetch(at + byte);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace DSV4_ISA
