@@ -213,8 +213,9 @@ void attend(const Attention& job, int64_t query, int64_t queries, int64_t head, 
   FlushSubnormals guard;
 #if DSV4_TILES
   if (job.is_bf16) return attend_with_tiles(job, query, queries, head, heads, space);
-#endif
+#else
   if (job.is_bf16) return attend_as<true>(job, query, queries, head, heads, space);
+#endif
   attend_as<false>(job, query, queries, head, heads, space);
 }
 

@@ -41,13 +41,15 @@ inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t
 
 // The keys of a query: `near` of the window, then rows.
 struct Keys {
-  const Attention& job;
-  int64_t query, near, count;
-  const int64_t* chosen;  // which rows; null: all up to the query
+  const Attention* job = nullptr;
+  int64_t query = 0, near = 0, count = 0;
+  const int64_t* chosen = nullptr;  // which rows; null: all up to the query
+
+  Keys() = default;
 
   // `space`: for k numbers.
   Keys(const Attention& job, int64_t query, int64_t* space)
-      : job(job), query(query), chosen(job.chosen == nullptr ? nullptr : space) {
+      : job(&job), query(query), chosen(job.chosen == nullptr ? nullptr : space) {
     near = count = std::min(job.earlier + query + 1, job.width);
     if (job.rows.pieces == nullptr) return;
     if (chosen == nullptr) count += (job.start + query + 1) / job.ratio;
@@ -58,24 +60,35 @@ struct Keys {
   }
 
   const char* row(int64_t i) const {
-    return job.rows.row(chosen == nullptr ? i - near : chosen[i - near]);
+    return job->rows.row(chosen == nullptr ? i - near : chosen[i - near]);
   }
 
-  // Keys first .. first + TILE - 1; after the last one, it again. Packed ones are unpacked to `room`.
-  void get(int64_t first, uint16_t* room, const char** keys) const {
-    const int64_t width = job.width_of_head, bytes = width * (job.is_bf16 ? 2 : 4);
-    for (int64_t i = first; i < first + TILE; i++, keys++, room += width) {
+  // Where keys first .. first + TILE - 1 lie; after the last one, it again. Says how many are not
+  // packed: they come first.
+  int64_t find(int64_t first, const char** at) const {
+    const int64_t bytes = job->width_of_head * (job->is_bf16 ? 2 : 4);
+    const char* window = static_cast<const char*>(job->window);
+    for (int64_t i = first; i < first + TILE; i++, at++) {
       if (i >= count) {
-        *keys = keys[-1];
-      } else if (i < near) {
-        const int64_t at = job.earlier + query + 1 - near + i;
-        *keys = static_cast<const char*>(job.window) + at * bytes;
-      } else if (job.kept == 0) {
-        *keys = row(i);
+        *at = at[-1];
       } else {
-        unpack_entry(row(i), width, job.kept, room);
-        *keys = reinterpret_cast<const char*>(room);
+        *at = i < near ? window + (job->earlier + query + 1 - near + i) * bytes : row(i);
       }
+    }
+    return job->kept == 0 ? TILE : std::min(std::max(near - first, int64_t{0}), TILE);
+  }
+
+  // The same as numbers: those that are packed are unpacked to `room`.
+  void get(int64_t first, uint16_t* room, const char** keys) const {
+    auto* to = reinterpret_cast<char*>(room);
+    unpack(first, find(first, keys), to, 2 * job->width_of_head, keys);
+  }
+
+  void unpack(int64_t first, int64_t plain, char* room, int64_t pitch, const char** keys) const {
+    for (int64_t i = plain; i < TILE; i++) {
+      auto* to = reinterpret_cast<uint16_t*>(room + i * pitch);
+      if (first + i < count) unpack_entry(keys[i], job->width_of_head, job->kept, to);
+      keys[i] = first + i < count ? room + i * pitch : keys[i - 1];
     }
   }
 
@@ -83,7 +96,7 @@ struct Keys {
   void fetch(int64_t first) const {
     for (int64_t i = std::max(first, near); i < std::min(first + TILE, count); i++) {
       const auto* at = reinterpret_cast<const uint8_t*>(row(i));
-      for (int64_t byte = 0; byte < job.rows.bytes; byte += 64) prefetch(at + byte);
+      for (int64_t byte = 0; byte < job->rows.bytes; byte += 64) prefetch(at + byte);
     }
   }
 };

@@ -3,7 +3,9 @@
 // A column is a head of a query. For scores A is sixteen keys, as they lie, and B columns: a lane is
 // a column, and softmax never crosses lanes. For values A is weights, turned into rows again, and B
 // keys, pairs of them side by side. Sums are tile by tile: 32 channels of a score, 32 keys of a
-// value, counted from the query's first key. No element of a tile depends on another column.
+// value, counted from the query's first key. Every TILED_KEYS keys the largest score so far is
+// looked for anew, and the sums before are scaled to it. No element of a tile sees another column,
+// so it does not matter which columns are computed together.
 #pragma once
 
 #include <algorithm>
@@ -17,27 +19,32 @@
 namespace DSV4_ISA {
 namespace {
 
-// Keys begin .. end - 1 and the columns that see them.
-struct Seen {
-  const Keys& keys;
-  int64_t begin, end, column, columns;
+using dsv4::TILED_KEYS;
 
-  int columns_of_tile() const { return (int)std::min<int64_t>(16, columns); }
-};
+// 2^x for x <= 0, to about one unit in the last place; 0 below -126, NaN for NaN.
+inline f32x16 exp2_of_negative(f32x16 x) {
+  const __m512 t = _mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)x);  // a NaN is the second
+  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const f32x16 r = (f32x16)_mm512_sub_ps(t, n);
+  f32x16 p = splat(1.3333558e-3f);
+  p = fma(p, r, splat(9.6181291e-3f));
+  p = fma(p, r, splat(5.5504109e-2f));
+  p = fma(p, r, splat(2.4022651e-1f));
+  p = fma(p, r, splat(6.9314718e-1f));
+  p = fma(p, r, splat(1.0f));
+  return (f32x16)_mm512_scalef_ps((__m512)p, n);
+}
 
-struct TiledAttention {
-  const Attention& job;
-  const int64_t query, queries, head, heads;
-  const int64_t width, columns, groups;  // of columns: sixteens
-  int64_t room = 0;                      // keys, to a whole tile
-  int64_t* chosen;
-  uint16_t* rows;   // TILE keys that do not lie as a tile wants them
-  uint8_t* q;       // tiles [groups, width / 32]
-  float* totals;    // [columns]
-  float* sums;      // tiles [groups, width / 16]; channels as `lay` has them
-  uint8_t* values;  // tiles [width / 32, keys / 32, 2]
-  float* scores;    // [groups, room, 16]; later weights, tiles [room / 32] of each group
+// Both rounded to bfloat16, side by side.
+inline u32x16 narrow_pairs(f32x16 even, f32x16 odd) {
+  const auto low = (__m256i)_mm512_cvtneps_pbh((__m512)even);
+  const auto high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
+  const __m512i words = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+  return (u32x16)_mm512_or_si512(words, _mm512_cvtepu16_epi32(low));
+}
 
+class TiledAttention {
+ public:
   TiledAttention(const Attention& job, int64_t query, int64_t queries, int64_t head, int64_t heads,
                  uint8_t* space)
       : job(job), query(query), queries(queries), head(head), heads(heads),
@@ -48,127 +55,213 @@ struct TiledAttention {
       return here;
     };
     chosen = reinterpret_cast<int64_t*>(take(8 * ((job.k + 7) / 8 * 8)));
-    rows = reinterpret_cast<uint16_t*>(take(2 * TILE * width));
+    rows = reinterpret_cast<char*>(take(2 * TILE * pitch()));
     q = take(2 * 16 * groups * width);
+    tops = reinterpret_cast<float*>(take(4 * 16 * groups));
     totals = reinterpret_cast<float*>(take(4 * 16 * groups));
     sums = reinterpret_cast<float*>(take(4 * 16 * groups * width));
-    scores = reinterpret_cast<float*>(space);
+    scores = reinterpret_cast<float*>(take(4 * 16 * groups * TILED_KEYS));
+    values = space;
   }
+
+  void run() {
+    const Keys last(job, query + queries - 1, chosen);
+    turn_queries();
+    for (int64_t begin = 0; begin < last.count; begin += TILED_KEYS) {
+      const int64_t end = std::min(last.count, begin + TILED_KEYS);
+      // All columns see the same keys, or those of each query its window and then the same rows.
+      Part parts[dsv4::TOGETHER + 1];
+      int count = 0;
+      uint8_t* to = values;
+      auto add = [&](const Keys& keys, int64_t first, int64_t after, int64_t column, int64_t some) {
+        if (first >= after) return;
+        const int64_t tiles = (after - first + TILE - 1) / TILE;
+        parts[count++] = {keys, first, tiles, first - begin, column, some, to};
+        to += tiles * TILE * width * 2;
+      };
+      if (queries == 1) {
+        add(last, begin, end, 0, columns);
+      } else {
+        for (int64_t i = 0; i < queries; i++) {
+          add(Keys(job, query + i, nullptr), begin, std::min(end, last.near), i * heads, heads);
+        }
+        add(last, std::max(begin, last.near), end, 0, columns);
+      }
+      for (int i = 0; i < count; i++) score(parts[i]);
+      for (int64_t g = 0; g < groups; g++) soften(g, end - begin, begin == 0, end == last.count);
+      for (int i = 0; i < count; i++) weigh(parts[i], begin == 0, end == last.count);
+    }
+  }
+
+ private:
+  // Keys from `first` on, in tiles; the first one is `place` in this round. The columns that see
+  // them, and their values: tiles [tiles, width / 32, 2].
+  struct Part {
+    Keys keys;
+    int64_t first, tiles, place, column, columns;
+    uint8_t* values;
+  };
 
   // Queries as columns: word after word of sixteen at a time.
   void turn_queries() {
     const int64_t bytes = 2 * width;
-    const char* from = static_cast<const char*>(job.q);
+    uint8_t* to = q;
     for (int64_t g = 0; g < groups; g++) {
-      for (int64_t at = 0; at < bytes; at += 64) {
+      const char* from[16];
+      const int64_t some = std::min<int64_t>(16, columns - 16 * g);
+      for (int64_t i = 0; i < some; i++) from[i] = static_cast<const char*>(job.q) + row(16 * g + i) * bytes;
+      for (int64_t at = 0; at < bytes; at += 64, to += TILE_BYTES) {
         u32x16 v[16] = {};
-        for (int64_t i = 0; i < 16 && 16 * g + i < columns; i++) {
-          const int64_t c = 16 * g + i;
-          v[i] = load<u32x16>(from + ((query + c / heads) * job.heads + head + c % heads) * bytes + at);
-        }
+        for (int64_t i = 0; i < some; i++) v[i] = load<u32x16>(from[i] + at);
         transpose(v);
-        uint8_t* to = q + (g * (width / 32) + at / 64) * TILE_BYTES;
         for (int i = 0; i < 16; i++) store(to + 64 * i, v[i]);
       }
     }
   }
 
-  // TILE keys as two tiles of A for each 32 channels, from row to row `stride` bytes.
-  struct Rows {
-    const char* first[2];
-    int64_t stride;
+  int64_t pitch() const { return 2 * width + 64; }  // of `rows`
+
+  // Of q and out, that of a column.
+  int64_t row(int64_t column) const {
+    return (query + column / heads) * job.heads + head + column % heads;
+  }
+
+  // A tile of keys on its way, a little at a time: first they are unpacked or copied to `room`,
+  // unless they lie in one line; then they are laid as values, pairs of them side by side.
+  struct Coming {
+    const TiledAttention* all;
+    const char* at[TILE];
+    int64_t plain, stride;  // from key to key of `a`
+    const char* a;
+    char* room;
+    uint8_t* to;
+    int64_t step = 0, copies = TILE, end;
+
+    Coming(const TiledAttention& all, const Part& part, int64_t t, char* room)
+        : all(&all), room(room), to(part.values + t * TILE * all.width * 2), end(all.width / 32) {
+      plain = part.keys.find(part.first + t * TILE, at);
+      stride = at[1] - at[0], a = at[0];
+      bool in_line = plain == TILE;
+      for (int64_t i = 1; i < TILE; i++) in_line &= at[i] == a + i * stride;
+      if (!in_line) stride = all.pitch(), a = room, step = -TILE;
+    }
+
+    bool done() const { return step == end; }
+
+    void next() {
+      if (step < 0) {
+        const int64_t i = step + TILE;
+        char* copy = room + i * stride;
+        if (i >= plain) {
+          unpack_entry(at[i], all->width, all->job.kept, reinterpret_cast<uint16_t*>(copy));
+        } else {
+          for (int64_t byte = 0; byte < 2 * all->width; byte += 64) {
+            store(copy + byte, load<u32x16>(at[i] + byte));
+          }
+        }
+      } else {
+        const char* from = a + 64 * step;
+        for (int i = 0; i < 16; i++, from += 2 * stride, to += 64) {
+          const __m512i x = _mm512_loadu_si512(from), y = _mm512_loadu_si512(from + stride);
+          _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
+          _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi16(x, y));
+        }
+        to += TILE_BYTES;
+      }
+      step++;
+    }
   };
 
-  Rows find(const Keys& keys, int64_t i, const char** at) const {
-    keys.get(i, rows, at);
-    const int64_t bytes = 2 * width;
-    int64_t in_line = 1;
-    while (in_line < TILE && at[in_line] == at[0] + in_line * bytes) in_line++;
-    if (in_line < TILE) {
-      char* to = reinterpret_cast<char*>(rows);
-      for (int64_t k = 0; k < TILE; k++, to += bytes) {
-        if (at[k] != to) std::memcpy(to, at[k], bytes);
-        at[k] = to;
-      }
-    }
-    return {{at[0], at[16]}, bytes};
-  }
-
-  // Keys as values: of tile t of `tiles`.
-  void lay(const char* const* at, int64_t t, int64_t tiles) {
-    for (int64_t b = 0; b < width / 32; b++) {
-      uint8_t* to = values + (b * tiles + t) * 2 * TILE_BYTES;
-      for (int i = 0; i < 16; i++, to += 64) {
-        const __m512i x = _mm512_loadu_si512(at[2 * i] + 64 * b);
-        const __m512i y = _mm512_loadu_si512(at[2 * i + 1] + 64 * b);
-        _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
-        _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi16(x, y));
-      }
-    }
-  }
-
-  // Scores of keys i .. i + 31 for columns of one or two groups from `column` on.
+  // Scores of TILE keys for one or two groups of columns. Meanwhile `next` goes on.
   template <int GROUPS>
-  void score(const Rows& a, int64_t i, int64_t column) {
-    const uint8_t* b = q + column / 16 * (width / 32) * TILE_BYTES + column % 16 * 4;
-    const int64_t to_next = width / 32 * TILE_BYTES;
+  void score(const Coming& keys, int64_t place, int64_t column, Coming& next, int64_t at_once) {
+    const int64_t stride = keys.stride, to_next = width / 32 * TILE_BYTES;
+    const char *first = keys.a, *second = first + 16 * stride;
+    const uint8_t* b = q + column / 16 * to_next + column % 16 * 4;
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-    for (int64_t at = 0; at < 2 * width; at += 64, b += TILE_BYTES) {
+    for (int64_t i = 0; i < width / 32; i++, first += 64, second += 64, b += TILE_BYTES) {
       load_tile<6>(b, 64);
-      load_tile<4>(a.first[0] + at, a.stride);
+      load_tile<4>(first, stride);
       dot_tiles<0, 4, 6>();
-      load_tile<5>(a.first[1] + at, a.stride);
+      load_tile<5>(second, stride);
       dot_tiles<1, 5, 6>();
       if constexpr (GROUPS > 1) {
         load_tile<7>(b + to_next, 64);
         dot_tiles<2, 4, 7>();
         dot_tiles<3, 5, 7>();
       }
+      for (int64_t j = 0; j < at_once && !next.done(); j++) next.next();
     }
-    float* to = scores + (column / 16 * room + i) * 16 + column % 16;
+    float* to = scores + (column / 16 * TILED_KEYS + place) * 16 + column % 16;
     store_tile<0>(to, 64);
     store_tile<1>(to + 256, 64);
-    if constexpr (GROUPS > 1) store_tile<2>(to + 16 * room, 64), store_tile<3>(to + 16 * room + 256, 64);
-  }
-
-  void score(const Seen& seen, bool lays) {
-    Tiles tiles(seen.columns_of_tile());
-    const char* at[TILE];
-    const bool fetches = job.chosen != nullptr;
-    if (fetches) seen.keys.fetch(seen.begin), seen.keys.fetch(seen.begin + TILE);
-    for (int64_t i = seen.begin; i < seen.end; i += TILE) {
-      if (fetches) seen.keys.fetch(i + 2 * TILE);
-      const Rows a = find(seen.keys, i, at);
-      if (lays) lay(at, i / TILE, room / TILE);
-      int64_t c = seen.column;
-      const int64_t end = c + seen.columns;
-      for (; c + 16 < end; c += 32) score<2>(a, i, c);
-      if (c < end) score<1>(a, i, c);
+    if constexpr (GROUPS > 1) {
+      to += TILED_KEYS * 16;
+      store_tile<2>(to, 64);
+      store_tile<3>(to + 256, 64);
     }
   }
 
-  // Scores of sixteen columns become weights; `counts`: of the keys that each sees.
-  void soften(int64_t group, i32x16 counts, int64_t least, f32x16 sinks) {
-    float* mine = scores + group * room * 16;
-    const f32x16 low = splat(-__builtin_inff()), scale = splat(job.scale);
-    for (int64_t i = least; i < room; i++) {
-      const i32x16 key = (i32x16)_mm512_set1_epi32((int32_t)i);
-      store(mine + 16 * i, where(key < counts, load<f32x16>(mine + 16 * i), low));
+  void score(const Part& part) {
+    Tiles shape((int)std::min<int64_t>(16, part.columns));
+    const int64_t end = part.column + part.columns;
+    const int64_t steps = (part.columns + 31) / 32 * (width / 32);
+    const int64_t at_once = (TILE + width / 32 + steps - 1) / steps;
+    char *room = rows, *other = rows + TILE * pitch();
+    Coming now(*this, part, 0, room);
+    for (int64_t t = 0; t < part.tiles; t++) {
+      while (!now.done()) now.next();
+      std::swap(room, other);
+      Coming next(*this, part, std::min(t + 1, part.tiles - 1), room);
+      if (t + 1 == part.tiles) next.step = next.end;
+      const int64_t place = part.place + t * TILE;
+      int64_t c = part.column;
+      for (; c + 16 < end; c += 32) score<2>(now, place, c, next, at_once);
+      if (c < end) score<1>(now, place, c, next, at_once);
+      now = next;
     }
-    f32x16 tops[2] = {low, low};
-    for (int64_t i = 0; i < room; i += 2) {
-      for (int j = 0; j < 2; j++) tops[j] = max(load<f32x16>(mine + 16 * (i + j)) * scale, tops[j]);
+  }
+
+  // Scores of sixteen columns for `count` keys become weights.
+  void soften(int64_t group, int64_t count, bool first, bool last) {
+    float* mine = scores + group * TILED_KEYS * 16;
+    const int64_t end = (count + TILE - 1) / TILE * TILE;
+    const f32x16 low = splat(-__builtin_inff());
+    for (int64_t i = count; i < end; i++) store(mine + 16 * i, low);
+    f32x16 most[4] = {low, low, low, low};
+    for (int64_t i = 0; i < end; i += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        most[j] = (f32x16)_mm512_max_ps(load<__m512>(mine + 16 * (i + j)), (__m512)most[j]);
+      }
     }
-    const f32x16 top = max(tops[0], tops[1]);
+    const float LOG2E = 1.44269504f;
+    f32x16 top = max(max(most[0], most[1]), max(most[2], most[3])) * splat(job.scale * LOG2E);
     f32x16 total = {};
+    if (!first) {
+      const f32x16 before = load<f32x16>(tops + 16 * group);
+      top = max(before, top);
+      const f32x16 factors = exp2_of_negative(before - top);
+      total = load<f32x16>(totals + 16 * group) * factors;
+      for (int64_t c = 0; c < 16; c++) {
+        if (factors[c] == 1.0f) continue;
+        float* sum = sums + group * 16 * width + 16 * c;
+        for (int64_t i = 0; i < width / 16; i++, sum += 256) {
+          store(sum, load<f32x16>(sum) * splat(factors[c]));
+        }
+      }
+    }
+    store(tops + 16 * group, top);
     auto* to = reinterpret_cast<uint8_t*>(mine);
-    for (int64_t i = 0; i < room; i += TILE, to += TILE_BYTES) {
+    const f32x16 scale = splat(job.scale * LOG2E), less = -top;
+    for (int64_t i = 0; i < end; i += TILE, to += TILE_BYTES) {
       u32x16 pairs[16];
       f32x16 parts[2] = {};
+#pragma GCC unroll 16
       for (int64_t k = 0; k < 16; k++) {
         f32x16 e[2];
         for (int j = 0; j < 2; j++) {
-          e[j] = exp(load<f32x16>(mine + 16 * (i + 2 * k + j)) * scale - top);
+          e[j] = exp2_of_negative(fma(load<f32x16>(mine + 16 * (i + 2 * k + j)), scale, less));
           parts[j] = parts[j] + e[j];
         }
         pairs[k] = narrow_pairs(e[0], e[1]);
@@ -177,28 +270,27 @@ struct TiledAttention {
       transpose(pairs);
       for (int k = 0; k < 16; k++) store(to + 64 * k, pairs[k]);
     }
-    total = total + exp(sinks - top);
-    store(totals + 16 * group, 1.0f / total);
+    if (last) {
+      f32x16 sinks = {};
+      for (int64_t c = 0; c < 16 && 16 * group + c < columns; c++) {
+        sinks[c] = job.sink[row(16 * group + c) % job.heads];
+      }
+      total = 1.0f / (total + exp(sinks - top * splat(0.693147181f)));
+    }
+    store(totals + 16 * group, total);
   }
 
-  // Both rounded to bfloat16, side by side.
-  static u32x16 narrow_pairs(f32x16 even, f32x16 odd) {
-    const auto low = (__m256i)_mm512_cvtneps_pbh((__m512)even);
-    const auto high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
-    const __m512i words = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-    return (u32x16)_mm512_or_si512(words, _mm512_cvtepu16_epi32(low));
-  }
-
-  // Sums of one or two groups of columns += weights times values of keys from `i` on.
+  // Sums of one or two groups of columns += weights times values. While one sum of 32 channels is
+  // computed, those of the channels before are put.
   template <int GROUPS>
-  void weigh(int64_t column, int64_t i, int64_t tiles) {
-    const int64_t to_next = room * 64;  // bytes of weights
-    const uint8_t* a_first = reinterpret_cast<uint8_t*>(scores) + column / 16 * to_next +
-                             i / TILE * TILE_BYTES + column % 16 * 64;
+  void weigh(const Part& part, int64_t column, int64_t some, bool first, bool last) {
+    const int64_t to_next = TILED_KEYS * 64;  // bytes of weights
+    const uint8_t* weights = reinterpret_cast<uint8_t*>(scores) + column / 16 * to_next +
+                             part.place / TILE * TILE_BYTES + column % 16 * 64;
     float* sum = sums + column / 16 * 16 * width + column % 16 * 16;
-    const uint8_t* b = values;
-    for (int64_t block = 0; block < width / 32; block++, sum += 512) {
-      if (i == 0) {
+    const int64_t at_once = (some + part.tiles - 1) / part.tiles;
+    for (int64_t channel = 0; channel < width; channel += 32, sum += 512) {
+      if (first) {
         zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
       } else {
         load_tile<0>(sum, 64), load_tile<1>(sum + 256, 64);
@@ -206,8 +298,8 @@ struct TiledAttention {
           load_tile<2>(sum + 16 * width, 64), load_tile<3>(sum + 16 * width + 256, 64);
         }
       }
-      const uint8_t* a = a_first;
-      for (int64_t t = 0; t < tiles; t++, a += TILE_BYTES, b += 2 * TILE_BYTES) {
+      const uint8_t *a = weights, *b = part.values + channel * 2 * TILE;
+      for (int64_t t = 0; t < part.tiles; t++, a += TILE_BYTES, b += TILE * width * 2) {
         load_tile<4>(a, 64);
         load_tile<6>(b, 64);
         dot_tiles<0, 4, 6>();
@@ -218,81 +310,60 @@ struct TiledAttention {
           dot_tiles<2, 5, 6>();
           dot_tiles<3, 5, 7>();
         }
+        if (last && channel > 0) {
+          put(column + t * at_once, std::min(column + some, column + (t + 1) * at_once), channel - 32);
+        }
       }
       store_tile<0>(sum, 64), store_tile<1>(sum + 256, 64);
       if constexpr (GROUPS > 1) {
         store_tile<2>(sum + 16 * width, 64), store_tile<3>(sum + 16 * width + 256, 64);
       }
     }
+    if (last) put(column, column + some, width - 32);
   }
 
-  void weigh(const Seen& seen, bool laid) {
-    Tiles shape(16, seen.columns_of_tile());
-    const char* at[TILE];
-    for (int64_t i = seen.begin; i < seen.end; i += dsv4::TILED_KEYS) {
-      const int64_t tiles = (std::min(seen.end - i, dsv4::TILED_KEYS) + TILE - 1) / TILE;
-      for (int64_t t = 0; !laid && t < tiles; t++) {
-        find(seen.keys, i + t * TILE, at);
-        lay(at, t, tiles);
-      }
-      int64_t c = seen.column;
-      const int64_t end = c + seen.columns;
-      for (; c + 16 < end; c += 32) weigh<2>(c, i, tiles);
-      if (c < end) weigh<1>(c, i, tiles);
-    }
-  }
-
-  void put() const {
-    for (int64_t c = 0; c < columns; c++) {
-      const int64_t row = (query + c / heads) * job.heads + head + c % heads;
-      auto* to = static_cast<uint16_t*>(job.out) + row * width;
-      const float* sum = sums + c / 16 * 16 * width + c % 16 * 16;
+  // 32 channels of some columns' results.
+  void put(int64_t column, int64_t end, int64_t channel) const {
+    for (int64_t c = column; c < end; c++) {
+      const float* sum = sums + c / 16 * 16 * width + c % 16 * 16 + channel * 16;
+      auto* to = static_cast<uint16_t*>(job.out) + row(c) * width + channel;
+      const Sums x = in_order({load<f32x16>(sum), load<f32x16>(sum + 256)});
       const f32x16 factor = splat(totals[c]);
-      for (int64_t at = 0; at < width; at += 32, sum += 512) {
-        const Sums x = in_order({load<f32x16>(sum), load<f32x16>(sum + 256)});
-        store(to + at, (__m256i)_mm512_cvtneps_pbh((__m512)(x.a * factor)));
-        store(to + at + 16, (__m256i)_mm512_cvtneps_pbh((__m512)(x.b * factor)));
-      }
+      store(to, (__m256i)_mm512_cvtneps_pbh((__m512)(x.a * factor)));
+      store(to + 16, (__m256i)_mm512_cvtneps_pbh((__m512)(x.b * factor)));
     }
   }
 
-  void run() {
-    const Keys last(job, query + queries - 1, chosen);
-    room = (last.count + TILE - 1) / TILE * TILE;
-    values = reinterpret_cast<uint8_t*>(scores + 16 * groups * room);
-    auto count_of = [&](int64_t c) {  // what a column sees
-      const int64_t q = c / heads;
-      if (q >= queries - 1) return last.count;
-      return last.near + (job.start + query + q + 1) / job.ratio;
-    };
-    // Keys in parts that the same columns see: all, or each query's window and then the rows.
-    auto each_part = [&](auto&& each) {
-      if (queries == 1) return each(Seen{last, 0, last.count, 0, columns});
-      for (int64_t q = 0; q < queries; q++) {
-        each(Seen{Keys(job, query + q, nullptr), 0, last.near, q * heads, heads});
-      }
-      each(Seen{last, last.near, last.count, 0, columns});
-    };
-    const bool lays = queries == 1 && room <= dsv4::TILED_KEYS;
-    turn_queries();
-    each_part([&](const Seen& seen) { score(seen, lays); });
-    for (int64_t g = 0; g < groups; g++) {
-      alignas(64) int32_t counts[16];
-      alignas(64) float sinks[16];
-      for (int64_t i = 0; i < 16; i++) {
-        const int64_t c = std::min(16 * g + i, columns - 1);
-        counts[i] = (int32_t)count_of(c), sinks[i] = job.sink[head + c % heads];
-      }
-      soften(g, load<i32x16>(counts), *std::min_element(counts, counts + 16), load<f32x16>(sinks));
-    }
-    each_part([&](const Seen& seen) { weigh(seen, lays); });
-    put();
+  void weigh(const Part& part, bool first, bool last) {
+    const int64_t at_once = std::min<int64_t>(16, part.columns);
+    Tiles shape(16, (int)at_once);
+    first = first && part.place == 0, last = last && part.column + part.columns == columns;
+    int64_t c = part.column;
+    const int64_t end = c + part.columns;
+    for (; c + 16 < end; c += 32) weigh<2>(part, c, std::min<int64_t>(32, end - c), first, last);
+    if (c < end) weigh<1>(part, c, end - c, first, last);
   }
+
+  const Attention& job;
+  const int64_t query, queries, head, heads;
+  const int64_t width, columns, groups;  // of columns: sixteens
+  int64_t* chosen;
+  char* rows;       // TILE keys that do not lie one after the other, and the next ones
+  uint8_t* q;       // tiles [groups, width / 32]
+  float* tops;      // [columns] the largest scores so far, times log2(e)
+  float* totals;    // [columns] of weights; at last one over them
+  float* sums;      // tiles [groups, width / 16]; of 32 channels, not yet in_order()
+  float* scores;    // [groups, TILED_KEYS, 16]; then weights, tiles [TILED_KEYS / 32] of each group
+  uint8_t* values;
 };
 
 inline void attend_with_tiles(const Attention& job, int64_t query, int64_t queries, int64_t head,
                               int64_t heads, uint8_t* space) {
-  TiledAttention(job, query, queries, head, heads, space).run();
+  auto rows = [&](int64_t q) { return job.rows.pieces ? (job.start + q + 1) / job.ratio : 0; };
+  if (rows(query) == rows(query + queries - 1)) {
+    return TiledAttention(job, query, queries, head, heads, space).run();
+  }
+  for (int64_t i = 0; i < queries; i++) TiledAttention(job, query + i, 1, head, heads, space).run();
 }
 
 }  // namespace

@@ -151,7 +151,11 @@ struct Table {
   const char* const* pieces;  // null: no rows
   int64_t offset, each, bytes;
 
-  const char* row(int64_t i) const { return pieces[i / each] + offset + i % each * bytes; }
+  const char* row(int64_t i) const {
+    if (i < each) return pieces[0] + offset + i * bytes;
+    const auto piece = (uint32_t)i / (uint32_t)each;  // 64 bits would take twice as long
+    return pieces[piece] + offset + (i - piece * each) * bytes;
+  }
 };
 
 // `earlier` entries of the window are older than the first query. chosen [queries, k] or null.
@@ -182,18 +186,17 @@ inline int64_t unpacked_rows(const Attention& job) {
   return job.chosen ? job.width + job.k + TILE : job.kept ? TILE : 0;
 }
 
-constexpr int64_t TILED_KEYS = 640;  // whose values lie ready for tiles at once
+constexpr int64_t TILED_KEYS = 320;  // of a query at once with tiles
 
-// What so many queries take that see at most so many keys, with tiles.
-inline int64_t tiled_attention_space(const Attention& job, int64_t queries, int64_t heads,
-                                     int64_t keys) {
-  const int64_t columns = (queries * heads + 15) / 16 * 16, room = keys + TILE;
-  const int64_t ready = room < TILED_KEYS ? room : TILED_KEYS;
-  return 8 * (job.k + 8) + 2 * job.width_of_head * (TILE + columns + ready) +
-         4 * columns * (room + job.width_of_head + 1) + 64;
+// What it takes to compute so many queries together with tiles.
+inline int64_t tiled_attention_space(const Attention& job, int64_t queries, int64_t heads) {
+  const int64_t columns = (queries * heads + 15) / 16 * 16;
+  const int64_t keys = TILED_KEYS + (queries - 1) * job.width;  // each query has its own window
+  return 8 * (job.k + 8) + 2 * job.width_of_head * (2 * TILE + columns + keys) +
+         4 * columns * (TILED_KEYS + job.width_of_head + 2) + 64 * (2 * TILE + 1);
 }
 
-// The same without.
+// The same without, for queries that see at most so many keys.
 inline int64_t attention_space(const Attention& job, int64_t queries, int64_t heads, int64_t keys) {
   return 8 * (job.k + 8) + unpacked_rows(job) * (2 * job.width_of_head + 8) +
          4 * queries * heads * (job.width_of_head + keys + TILE);

@@ -150,7 +150,7 @@ void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_
   const bool alike = kept && !chosen && seen > 0 && earlier + 1 >= width && width % TILE == 0;
   const int64_t together = tiles ? std::clamp<int64_t>(16 / most, 1, TOGETHER) : TOGETHER;
   const int64_t group = alike && queries >= 16 ? together : 1;
-  const int64_t space = tiles ? tiled_attention_space(job, group, most, width + seen)
+  const int64_t space = tiles ? tiled_attention_space(job, group, most)
                               : attention_space(job, group, most, width + seen);
   auto one = [&](int64_t task) {
     static thread_local Array<uint8_t> kept;
