@@ -111,8 +111,8 @@ inline void weigh(int heads, const float* weights, int64_t room, const char* con
 
 // ---------------------------------------------------------------- attention
 
-// Several queries see the same rows but for the last ones, and windows of the same length, which
-// is a multiple of TILE; or there is one query.
+// Several queries see the same rows, and windows of the same length, which is a multiple of TILE; or
+// there is one query.
 template <bool BF16>
 inline void attend_as(const Attention& job, int64_t query, int64_t queries, int64_t head,
                       int64_t heads, uint8_t* space) {
@@ -124,21 +124,16 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
   auto* sums_of = reinterpret_cast<float*>(listed + (all ? unpacked_rows(job) : 0));
   float* scores = sums_of + queries * heads * width;
   const Keys last(job, query + queries - 1, chosen);
-  const int64_t room = (last.count + TILE - 1) / TILE * TILE, near = last.near;
+  const int64_t count = last.count, near = last.near, room = (count + TILE - 1) / TILE * TILE;
   auto row_of = [&](int64_t q, int64_t h) { return scores + (q * heads + h) * room; };
-  auto count_of = [&](int64_t q) {  // what a query sees
-    return q == queries - 1 ? last.count : near + (job.start + query + q + 1) / job.ratio;
-  };
   // each(q, first key, keys, how many of them) for all queries and keys in tiles
   auto in_tiles = [&](auto&& each) {
     const char* some[TILE];
-    for (int64_t i = 0; i < last.count; i += TILE) {
+    for (int64_t i = 0; i < count; i += TILE) {
       const bool shared = queries == 1 || i >= near;
       const char** keys = all ? listed + i : some;
       if (shared) last.get(i, unpacked + (all ? i * width : 0), keys);
       for (int64_t q = 0; q < queries; q++) {
-        const int64_t count = count_of(q);
-        if (i >= count) continue;
         if (!shared) Keys(job, query + q, nullptr).get(i, unpacked, keys);
         each(q, i, keys, std::min(count - i, TILE));
       }
@@ -160,15 +155,14 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
   });
   float totals[dsv4::TOGETHER][dsv4::HEADS];
   for (int64_t q = 0; q < queries; q++) {
-    const int64_t count = count_of(q), end = (count + TILE - 1) / TILE * TILE;
     for (int64_t h = 0; h < heads; h++) {
       float* mine = row_of(q, h);
-      for (int64_t i = count; i < end; i++) mine[i] = -__builtin_inff();
+      for (int64_t i = count; i < room; i++) mine[i] = -__builtin_inff();
       f32x16 most = splat(-__builtin_inff());
-      for (int64_t i = 0; i < end; i += 16) most = max(load<f32x16>(mine + i), most);
+      for (int64_t i = 0; i < room; i += 16) most = max(load<f32x16>(mine + i), most);
       const float top = largest(most);
       f32x16 total = {};
-      for (int64_t i = 0; i < end; i += 16) {
+      for (int64_t i = 0; i < room; i += 16) {
         f32x16 e = exp(load<f32x16>(mine + i) - top);
         total = total + e;
         if (paired(BF16)) {
@@ -181,15 +175,15 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
     }
   }
   std::memset(sums_of, 0, queries * heads * width * sizeof(float));
-  auto add = [&](int64_t q, int64_t i, const char* const* keys, int64_t count) {
+  auto add = [&](int64_t q, int64_t i, const char* const* keys, int64_t some) {
     for (int64_t h = 0; h < heads; h += 4) {
       const float* weights = row_of(q, h) + (paired(BF16) ? i / 2 : i);
-      weigh<BF16>((int)std::min<int64_t>(heads - h, 4), weights, room, keys, (count + 1) / 2 * 2,
+      weigh<BF16>((int)std::min<int64_t>(heads - h, 4), weights, room, keys, (some + 1) / 2 * 2,
                   sums_of + (q * heads + h) * width, width);
     }
   };
   if (all) {
-    add(0, 0, listed, last.count);
+    add(0, 0, listed, count);
   } else {
     in_tiles(add);
   }
@@ -210,9 +204,15 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
 
 void attend(const Attention& job, int64_t query, int64_t queries, int64_t head, int64_t heads,
             uint8_t* space) {
+  // What a later query alone sees is not even multiplied by zero: it might not be a number.
+  auto rows = [&](int64_t q) { return job.rows.pieces ? (job.start + q + 1) / job.ratio : 0; };
+  if (queries > 1 && rows(query) != rows(query + queries - 1)) {
+    for (int64_t i = 0; i < queries; i++) attend(job, query + i, 1, head, heads, space);
+    return;
+  }
   FlushSubnormals guard;
 #if DSV4_TILES
-  if (job.is_bf16) return attend_with_tiles(job, query, queries, head, heads, space);
+  if (job.is_bf16) return TiledAttention(job, query, queries, head, heads, space).run();
 #else
   if (job.is_bf16) return attend_as<true>(job, query, queries, head, heads, space);
 #endif

@@ -357,15 +357,6 @@ class TiledAttention {
   uint8_t* values;
 };
 
-inline void attend_with_tiles(const Attention& job, int64_t query, int64_t queries, int64_t head,
-                              int64_t heads, uint8_t* space) {
-  auto rows = [&](int64_t q) { return job.rows.pieces ? (job.start + q + 1) / job.ratio : 0; };
-  if (rows(query) == rows(query + queries - 1)) {
-    return TiledAttention(job, query, queries, head, heads, space).run();
-  }
-  for (int64_t i = 0; i < queries; i++) TiledAttention(job, query + i, 1, head, heads, space).run();
-}
-
 }  // namespace
 }  // namespace DSV4_ISA
 #endif
