@@ -487,8 +487,8 @@ def test_attention_over_many_rows(k: int) -> None:
     chosen = None
     if k:
         generator = torch.Generator().manual_seed(0)
-        picks = [torch.randperm(1000, generator=generator)[:k].sort().values for _ in range(queries)]
-        chosen = torch.stack(picks)[None]
+        picks = [torch.randperm(1000, generator=generator)[:k] for _ in range(queries)]
+        chosen = torch.stack(picks).sort(1).values[None]
         chosen[0, 1, 400:] = -1
     sink = activations(1, heads, F32)[0]
 

@@ -2,7 +2,7 @@
 //
 // A column is a head of a query. For scores A is sixteen keys, as they lie, and B columns: a lane is
 // a column, and softmax never crosses lanes. For values A is weights, turned into rows again, and B
-// keys, pairs of them side by side. Sums are tile by tile: 32 channels of a score, 32 keys of a
+// keys, pairs of them side by side, a few channels at a time, so that they stay in the nearest cache. Sums are tile by tile: 32 channels of a score, 32 keys of a
 // value, counted from the query's first key. Every TILED_KEYS keys the largest score so far is
 // looked for anew, and the sums before are scaled to it. No element of a tile sees another column,
 // so it does not matter which columns are computed together.
@@ -55,7 +55,7 @@ class TiledAttention {
       return here;
     };
     chosen = reinterpret_cast<int64_t*>(take(8 * ((job.k + 7) / 8 * 8)));
-    rows = reinterpret_cast<char*>(take(2 * TILE * pitch()));
+    rows = reinterpret_cast<char*>(take((TILED_KEYS + (queries - 1) * job.width) * pitch()));
     q = take(2 * 16 * groups * width);
     tops = reinterpret_cast<float*>(take(4 * 16 * groups));
     totals = reinterpret_cast<float*>(take(4 * 16 * groups));
@@ -72,12 +72,12 @@ class TiledAttention {
       // All columns see the same keys, or those of each query its window and then the same rows.
       Part parts[dsv4::TOGETHER + 1];
       int count = 0;
-      uint8_t* to = values;
+      char* to = rows;
       auto add = [&](const Keys& keys, int64_t first, int64_t after, int64_t column, int64_t some) {
         if (first >= after) return;
         const int64_t tiles = (after - first + TILE - 1) / TILE;
-        parts[count++] = {keys, first, tiles, first - begin, column, some, to};
-        to += tiles * TILE * width * 2;
+        parts[count++] = {keys, first, tiles, first - begin, column, some, to, {}};
+        to += tiles * TILE * pitch();
       };
       if (queries == 1) {
         add(last, begin, end, 0, columns);
@@ -94,12 +94,19 @@ class TiledAttention {
   }
 
  private:
+  // TILE keys, from key to key `stride` bytes.
+  struct Lines {
+    const char* first;
+    int64_t stride;
+  };
+
   // Keys from `first` on, in tiles; the first one is `place` in this round. The columns that see
-  // them, and their values: tiles [tiles, width / 32, 2].
+  // them; where they are copied to, and where they are then.
   struct Part {
     Keys keys;
     int64_t first, tiles, place, column, columns;
-    uint8_t* values;
+    char* room;
+    Lines lines[TILED_KEYS / TILE];
   };
 
   // Queries as columns: word after word of sixteen at a time.
@@ -126,57 +133,45 @@ class TiledAttention {
     return (query + column / heads) * job.heads + head + column % heads;
   }
 
-  // A tile of keys on its way, a little at a time: first they are unpacked or copied to `room`,
-  // unless they lie in one line; then they are laid as values, pairs of them side by side.
+  // A tile of keys on its way, one at a time: they are unpacked or copied, unless they lie in one
+  // line.
   struct Coming {
     const TiledAttention* all;
     const char* at[TILE];
-    int64_t plain, stride;  // from key to key of `a`
-    const char* a;
+    int64_t plain, key = TILE;
     char* room;
-    uint8_t* to;
-    int64_t step = 0, copies = TILE, end;
 
-    Coming(const TiledAttention& all, const Part& part, int64_t t, char* room)
-        : all(&all), room(room), to(part.values + t * TILE * all.width * 2), end(all.width / 32) {
+    Coming(const TiledAttention& all, Part& part, int64_t t) : all(&all) {
       plain = part.keys.find(part.first + t * TILE, at);
-      stride = at[1] - at[0], a = at[0];
+      const int64_t stride = at[1] - at[0];
       bool in_line = plain == TILE;
-      for (int64_t i = 1; i < TILE; i++) in_line &= at[i] == a + i * stride;
-      if (!in_line) stride = all.pitch(), a = room, step = -TILE;
+      for (int64_t i = 1; i < TILE; i++) in_line &= at[i] == at[0] + i * stride;
+      part.lines[t] = {at[0], stride};
+      if (in_line) return;
+      room = part.room + t * TILE * all.pitch(), key = 0;
+      part.lines[t] = {room, all.pitch()};
     }
 
-    bool done() const { return step == end; }
+    bool done() const { return key == TILE; }
 
     void next() {
-      if (step < 0) {
-        const int64_t i = step + TILE;
-        char* copy = room + i * stride;
-        if (i >= plain) {
-          unpack_entry(at[i], all->width, all->job.kept, reinterpret_cast<uint16_t*>(copy));
-        } else {
-          for (int64_t byte = 0; byte < 2 * all->width; byte += 64) {
-            store(copy + byte, load<u32x16>(at[i] + byte));
-          }
-        }
+      if (key >= plain) {
+        auto* to = reinterpret_cast<uint16_t*>(room);
+        unpack_entry(at[key], all->width, all->job.kept, to);
       } else {
-        const char* from = a + 64 * step;
-        for (int i = 0; i < 16; i++, from += 2 * stride, to += 64) {
-          const __m512i x = _mm512_loadu_si512(from), y = _mm512_loadu_si512(from + stride);
-          _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
-          _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi16(x, y));
+        for (int64_t byte = 0; byte < 2 * all->width; byte += 64) {
+          store(room + byte, load<u32x16>(at[key] + byte));
         }
-        to += TILE_BYTES;
       }
-      step++;
+      key++, room += all->pitch();
     }
   };
 
   // Scores of TILE keys for one or two groups of columns. Meanwhile `next` goes on.
   template <int GROUPS>
-  void score(const Coming& keys, int64_t place, int64_t column, Coming& next, int64_t at_once) {
+  void score(const Lines& keys, int64_t place, int64_t column, Coming& next, int64_t at_once) {
     const int64_t stride = keys.stride, to_next = width / 32 * TILE_BYTES;
-    const char *first = keys.a, *second = first + 16 * stride;
+    const char *first = keys.first, *second = first + 16 * stride;
     const uint8_t* b = q + column / 16 * to_next + column % 16 * 4;
     zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
     for (int64_t i = 0; i < width / 32; i++, first += 64, second += 64, b += TILE_BYTES) {
@@ -202,23 +197,18 @@ class TiledAttention {
     }
   }
 
-  void score(const Part& part) {
+  void score(Part& part) {
     Tiles shape((int)std::min<int64_t>(16, part.columns));
-    const int64_t end = part.column + part.columns;
-    const int64_t steps = (part.columns + 31) / 32 * (width / 32);
-    const int64_t at_once = (TILE + width / 32 + steps - 1) / steps;
-    char *room = rows, *other = rows + TILE * pitch();
-    Coming now(*this, part, 0, room);
+    const int64_t end = part.column + part.columns, steps = (part.columns + 31) / 32 * (width / 32);
+    const int64_t at_once = (TILE + steps - 1) / steps;
+    Coming next(*this, part, 0);
     for (int64_t t = 0; t < part.tiles; t++) {
-      while (!now.done()) now.next();
-      std::swap(room, other);
-      Coming next(*this, part, std::min(t + 1, part.tiles - 1), room);
-      if (t + 1 == part.tiles) next.step = next.end;
+      while (!next.done()) next.next();
+      if (t + 1 < part.tiles) next = Coming(*this, part, t + 1);
       const int64_t place = part.place + t * TILE;
       int64_t c = part.column;
-      for (; c + 16 < end; c += 32) score<2>(now, place, c, next, at_once);
-      if (c < end) score<1>(now, place, c, next, at_once);
-      now = next;
+      for (; c + 16 < end; c += 32) score<2>(part.lines[t], place, c, next, at_once);
+      if (c < end) score<1>(part.lines[t], place, c, next, at_once);
     }
   }
 
@@ -280,81 +270,107 @@ class TiledAttention {
     store(totals + 16 * group, total);
   }
 
-  // Sums of one or two groups of columns += weights times values. While one sum of 32 channels is
-  // computed, those of the channels before are put.
-  template <int GROUPS>
-  void weigh(const Part& part, int64_t column, int64_t some, bool first, bool last) {
-    const int64_t to_next = TILED_KEYS * 64;  // bytes of weights
-    const uint8_t* weights = reinterpret_cast<uint8_t*>(scores) + column / 16 * to_next +
-                             part.place / TILE * TILE_BYTES + column % 16 * 64;
-    float* sum = sums + column / 16 * 16 * width + column % 16 * 16;
-    const int64_t at_once = (some + part.tiles - 1) / part.tiles;
-    for (int64_t channel = 0; channel < width; channel += 32, sum += 512) {
-      if (first) {
-        zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
-      } else {
-        load_tile<0>(sum, 64), load_tile<1>(sum + 256, 64);
-        if constexpr (GROUPS > 1) {
-          load_tile<2>(sum + 16 * width, 64), load_tile<3>(sum + 16 * width + 256, 64);
-        }
-      }
-      const uint8_t *a = weights, *b = part.values + channel * 2 * TILE;
-      for (int64_t t = 0; t < part.tiles; t++, a += TILE_BYTES, b += TILE * width * 2) {
-        load_tile<4>(a, 64);
-        load_tile<6>(b, 64);
-        dot_tiles<0, 4, 6>();
-        load_tile<7>(b + TILE_BYTES, 64);
-        dot_tiles<1, 4, 7>();
-        if constexpr (GROUPS > 1) {
-          load_tile<5>(a + to_next, 64);
-          dot_tiles<2, 5, 6>();
-          dot_tiles<3, 5, 7>();
-        }
-        if (last && channel > 0) {
-          put(column + t * at_once, std::min(column + some, column + (t + 1) * at_once), channel - 32);
-        }
-      }
-      store_tile<0>(sum, 64), store_tile<1>(sum + 256, 64);
-      if constexpr (GROUPS > 1) {
-        store_tile<2>(sum + 16 * width, 64), store_tile<3>(sum + 16 * width + 256, 64);
-      }
+  // Lays 32 channels of keys as values: pairs of keys side by side, `some` pairs from `pair` on.
+  void lay(const Part& part, int64_t channel, int64_t pair, int64_t some, uint8_t* to) const {
+    const Lines& keys = part.lines[pair / 16];
+    const char* from = keys.first + pair % 16 * 2 * keys.stride + channel * 2;
+    to += pair / 16 * 2 * TILE_BYTES + pair % 16 * 64;
+    for (int64_t i = 0; i < some; i++, from += 2 * keys.stride, to += 64) {
+      const __m512i x = _mm512_loadu_si512(from), y = _mm512_loadu_si512(from + keys.stride);
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
+      _mm512_store_si512(to + TILE_BYTES, _mm512_unpackhi_epi16(x, y));
     }
-    if (last) put(column, column + some, width - 32);
   }
 
-  // 32 channels of some columns' results.
-  void put(int64_t column, int64_t end, int64_t channel) const {
-    for (int64_t c = column; c < end; c++) {
-      const float* sum = sums + c / 16 * 16 * width + c % 16 * 16 + channel * 16;
-      auto* to = static_cast<uint16_t*>(job.out) + row(c) * width + channel;
+  // Results that are still to be put: 32 channels of some columns.
+  struct Rest {
+    int64_t column = 0, end = 0, channel = 0;
+  };
+
+  // Sums of 32 channels of one or two groups of columns += weights times `values`. Meanwhile the
+  // next channels are laid, `some` pairs for every tile, and results put.
+  template <int GROUPS>
+  void weigh(const Part& part, int64_t channel, int64_t column, bool first, const uint8_t* b,
+             int64_t next, int64_t pair, int64_t some, uint8_t* to, Rest& rest) {
+    const int64_t to_next = TILED_KEYS * 64;  // bytes of weights
+    const uint8_t* a = reinterpret_cast<uint8_t*>(scores) + column / 16 * to_next +
+                       part.place / TILE * TILE_BYTES + column % 16 * 64;
+    float* sum = sums + column / 16 * 16 * width + column % 16 * 16 + channel * 16;
+    const int64_t put_at_once = (rest.end - rest.column + part.tiles - 1) / part.tiles;
+    if (first) {
+      zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    } else {
+      load_tile<0>(sum, 64), load_tile<1>(sum + 256, 64);
+      if constexpr (GROUPS > 1) {
+        load_tile<2>(sum + 16 * width, 64), load_tile<3>(sum + 16 * width + 256, 64);
+      }
+    }
+    for (int64_t t = 0; t < part.tiles; t++, a += TILE_BYTES, b += 2 * TILE_BYTES) {
+      load_tile<4>(a, 64);
+      load_tile<6>(b, 64);
+      dot_tiles<0, 4, 6>();
+      load_tile<7>(b + TILE_BYTES, 64);
+      dot_tiles<1, 4, 7>();
+      if constexpr (GROUPS > 1) {
+        load_tile<5>(a + to_next, 64);
+        dot_tiles<2, 5, 6>();
+        dot_tiles<3, 5, 7>();
+      }
+      if (next < width) lay(part, next, 16 * t + pair, some, to);
+      put(rest, put_at_once);
+    }
+    store_tile<0>(sum, 64), store_tile<1>(sum + 256, 64);
+    if constexpr (GROUPS > 1) {
+      store_tile<2>(sum + 16 * width, 64), store_tile<3>(sum + 16 * width + 256, 64);
+    }
+  }
+
+  // Results of up to `most` more columns.
+  void put(Rest& rest, int64_t most) const {
+    const int64_t end = std::min(rest.end, rest.column + most);
+    for (int64_t& c = rest.column; c < end; c++) {
+      const float* sum = sums + c / 16 * 16 * width + c % 16 * 16 + rest.channel * 16;
+      auto* to = static_cast<uint16_t*>(job.out) + row(c) * width + rest.channel;
       const Sums x = in_order({load<f32x16>(sum), load<f32x16>(sum + 256)});
       const f32x16 factor = splat(totals[c]);
+      __builtin_prefetch(to + 64, 1);  // which is written soon
       store(to, (__m256i)_mm512_cvtneps_pbh((__m512)(x.a * factor)));
       store(to + 16, (__m256i)_mm512_cvtneps_pbh((__m512)(x.b * factor)));
     }
   }
 
   void weigh(const Part& part, bool first, bool last) {
-    const int64_t at_once = std::min<int64_t>(16, part.columns);
-    Tiles shape(16, (int)at_once);
+    Tiles shape(16, (int)std::min<int64_t>(16, part.columns));
     first = first && part.place == 0, last = last && part.column + part.columns == columns;
-    int64_t c = part.column;
-    const int64_t end = c + part.columns;
-    for (; c + 16 < end; c += 32) weigh<2>(part, c, std::min<int64_t>(32, end - c), first, last);
-    if (c < end) weigh<1>(part, c, end - c, first, last);
+    const int64_t end = part.column + part.columns, rounds = (part.columns + 31) / 32;
+    const int64_t some = (16 + rounds - 1) / rounds;
+    uint8_t *now = values, *next = values + TILED_KEYS * 64;
+    for (int64_t t = 0; t < part.tiles; t++) lay(part, 0, 16 * t, 16, now);
+    Rest rest;
+    for (int64_t channel = 0; channel < width; channel += 32) {
+      int64_t pair = 0;
+      for (int64_t c = part.column; c < end; c += 32, pair += some) {
+        const int64_t left = std::min(some, 16 - pair);
+        auto add = c + 16 < end ? &TiledAttention::weigh<2> : &TiledAttention::weigh<1>;
+        (this->*add)(part, channel, c, first, now, channel + 32, pair, left, next, rest);
+        if (last) rest = {c, std::min(end, c + 32), channel};
+      }
+      std::swap(now, next);
+    }
+    put(rest, 32);
   }
 
   const Attention& job;
   const int64_t query, queries, head, heads;
   const int64_t width, columns, groups;  // of columns: sixteens
   int64_t* chosen;
-  char* rows;       // TILE keys that do not lie one after the other, and the next ones
+  char* rows;       // keys that do not lie one after the other
   uint8_t* q;       // tiles [groups, width / 32]
   float* tops;      // [columns] the largest scores so far, times log2(e)
   float* totals;    // [columns] of weights; at last one over them
   float* sums;      // tiles [groups, width / 16]; of 32 channels, not yet in_order()
   float* scores;    // [groups, TILED_KEYS, 16]; then weights, tiles [TILED_KEYS / 32] of each group
-  uint8_t* values;
+  uint8_t* values;  // 32 channels of TILED_KEYS keys, tiles [TILED_KEYS / 32, 2]; and the next ones
 };
 
 }  // namespace

@@ -190,10 +190,10 @@ constexpr int64_t TILED_KEYS = 320;  // of a query at once with tiles
 
 // What it takes to compute so many queries together with tiles.
 inline int64_t tiled_attention_space(const Attention& job, int64_t queries, int64_t heads) {
-  const int64_t columns = (queries * heads + 15) / 16 * 16;
+  const int64_t columns = (queries * heads + 15) / 16 * 16, width = job.width_of_head;
   const int64_t keys = TILED_KEYS + (queries - 1) * job.width;  // each query has its own window
-  return 8 * (job.k + 8) + 2 * job.width_of_head * (2 * TILE + columns + keys) +
-         4 * columns * (TILED_KEYS + job.width_of_head + 2) + 64 * (2 * TILE + 1);
+  return 8 * (job.k + 8) + (2 * width + 64) * keys + 2 * width * columns + 128 * TILED_KEYS +
+         4 * columns * (TILED_KEYS + width + 2);
 }
 
 // The same without, for queries that see at most so many keys.
