@@ -226,9 +226,10 @@ struct Best {
 
 inline int64_t best_room(int64_t k) { return 3 * k + INDEX_TILE; }
 
-// Bytes that IndexBest works with: queries as bytes and, if `all`, what it takes to thin a list.
+// Bytes that IndexBest works with: queries as bytes, or as tiles with their weights, and, if `all`,
+// what it takes to thin a list.
 inline int64_t index_space(const IndexTopk& job, int64_t queries, bool all = true) {
-  const int64_t rows = (queries * (job.heads * (5 * 32) + 1) + 63) / 64 * 64;
+  const int64_t rows = queries * ((job.heads + 15) / 16 * (16 * 260) + 64);
   return rows + (all ? 8 * job.k + 4 * best_room(job.k) : 0);
 }
 
