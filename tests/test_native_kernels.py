@@ -303,7 +303,7 @@ def test_pool(ratio: int, overlap: bool) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("heads", [1, 3, 9])
+@pytest.mark.parametrize("heads", [1, 3, 9, 39])
 @pytest.mark.parametrize(
     ("ratio", "k"), [(0, 0), (4, 0), (4, 11), (128, 0)], ids=["window", "all", "chosen", "hca"]
 )
@@ -416,13 +416,14 @@ def test_top_k_of_many(rounded: bool) -> None:
     assert bool((least >= scores.topk(k, -1).values[:, -1] - tolerance).all())
 
 
-@pytest.mark.parametrize("heads", [3, 9])
-def test_attention_of_queries_that_see_the_same_rows(heads: int) -> None:
+@pytest.mark.parametrize("start", [3000, 19000])
+@pytest.mark.parametrize("heads", [3, 4, 9])
+def test_attention_of_queries_that_see_the_same_rows(heads: int, start: int) -> None:
     """Rows that are unpacked for several queries at once give each the same bits as alone."""
-    queries, start, earlier, width, dim = 39, 3000, 31, 32, 192
+    queries, earlier, width, dim = 39, 31, 32, 192
     q = activations(queries * heads, dim, BF16).view(1, queries, heads, dim)
     window = activations(earlier + queries, dim, BF16, 2)[None]
-    rows = reference.fp8_round(activations(110, dim, BF16, 3), 64, 64)[None]
+    rows = reference.fp8_round(activations(start // 28 + 3, dim, BF16, 3), 64, 64)[None]
     there = paged(rows, 1, RowFormat(dim, BF16, "entry", 64))
     sink = activations(1, heads, F32)[0]
 
@@ -483,6 +484,70 @@ def test_checksum(count: int, dtype: torch.dtype) -> None:
         stored[other] ^= 1 << place % 8
         stored[place] ^= 1 << place % 8
     assert native.checksum(data) == whole
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_to_what_is_not_a_number(bad: float, packed: bool) -> None:
+    """It is in the results of those who see it and of no others."""
+    queries, earlier, width, dim, heads = 40, 31, 32, 192, 4
+    q = activations(queries * heads, dim, BF16).view(1, queries, heads, dim)
+    window = activations(earlier + queries, dim, BF16, 2)[None]
+    rows = reference.fp8_round(activations(12, dim, BF16, 3), 64, 64)[None]
+    form = RowFormat(dim, BF16, "entry" if packed else None, 64 if packed else 0)
+
+    def attend() -> Tensor:
+        out: Tensor = native.attention(
+            q, window, paged(rows, 4, form), None, torch.zeros(heads), start=280, ratio=28,
+            width=width, scale=dim**-0.5, dtype=BF16,
+        )  # fmt: skip
+        return out[0].flatten(1)
+
+    clean = attend()
+    q[0, 9, 2, 7] = bad
+    window[0, earlier + 3, 150] = bad
+    rows[0, 11, 180] = bad  # seen from position 28 * 12 - 1 on, after the last query
+    rows[0, 10, 180] = bad  # from 28 * 11 - 1 = 280 + 27 on
+    got = every_way(attend)
+    touched = torch.zeros(queries, dtype=torch.bool)
+    touched[3 : 3 + width], touched[27:], touched[9] = True, True, True
+    assert torch.equal(got[~touched], clean[~touched])
+    assert not got[touched].isfinite().all(1).any()
+    q[0, 9, 2, 7] = 0
+    rows[0, 10:], window[0, earlier + 3] = 0, 0
+    assert attend().isfinite().all()
+
+
+@pytest.mark.parametrize("k", [0, 700])
+def test_attention_over_many_rows(k: int) -> None:
+    """More keys than are taken at once; scores that grow, so that the largest one is a late one."""
+    queries, start, earlier, width, dim, heads = 3, 3997, 31, 32, 64, 20
+    q = activations(queries * heads, dim, BF16).abs().view(1, queries, heads, dim)
+    window = activations(earlier + queries, dim, BF16, 2)[None]
+    rows = activations(1000, dim, BF16, 3) * torch.linspace(0.1, 8, 1000)[:, None].to(BF16)
+    rows = rows[None]
+    chosen = None
+    if k:
+        generator = torch.Generator().manual_seed(0)
+        picks = [torch.randperm(1000, generator=generator)[:k] for _ in range(queries)]
+        chosen = torch.stack(picks).sort(1).values[None]
+        chosen[0, 1, 400:] = -1
+    sink = activations(1, heads, F32)[0]
+
+    def attend(a: int, b: int) -> Tensor:
+        out: Tensor = native.attention(
+            q[:, a:b], window[:, a : earlier + b], rows, None if chosen is None else chosen[:, a:b],
+            sink, start=start + a, ratio=4, width=width, scale=dim**-0.5, dtype=BF16,
+        )  # fmt: skip
+        return out
+
+    got = every_way(lambda: attend(0, queries))
+    assert torch.equal(torch.cat([attend(i, i + 1) for i in range(queries)], 1), got)
+    wanted = reference.attention(
+        q, window, rows, chosen, sink, start=start, ratio=4, width=width, scale=dim**-0.5,
+        dtype=BF16,
+    )  # fmt: skip
+    close(got, wanted, 4)
 
 
 @BOTH

@@ -6,17 +6,14 @@
 // they are chosen for a query, or else each time, into the nearest cache, for several queries.
 #include <algorithm>
 
+#include "attention_keys.h"
+#include "attention_tiles.h"
 #include "functions.h"
 #include "kernels.h"
 #include "packed.h"
 
 namespace DSV4_ISA {
 namespace {
-
-using dsv4::Attention;
-using dsv4::TILE;
-
-constexpr int64_t AHEAD = 2 * TILE;  // keys that the memory is asked for in advance
 
 // out[4 h + i] = x[h] . keys[i] for four rows of `bytes` bytes and four keys.
 template <bool BF16>
@@ -45,10 +42,6 @@ inline f32x4 quarter(f32x16 v, int i) {
 
 // Sums of weights[i] * values[i][0 .. 31], where a weight is a pair: that of key 2 i and, above it,
 // that of key 2 i + 1, whose product is added first.
-struct Sums {
-  f32x16 a, b;
-};
-
 template <bool BF16>
 inline Sums add_values(Sums sum, const float* weights, const char* first, const char* second) {
 #if DSV4_PAIRS
@@ -67,15 +60,6 @@ inline Sums add_values(Sums sum, const float* weights, const char* first, const 
 }
 
 constexpr bool paired(bool bf16) { return bf16 && DSV4_PAIRS; }
-
-// The sums in the order of channels.
-template <bool BF16>
-inline Sums in_order(Sums s) {
-  if (!paired(BF16)) return s;
-  return {__builtin_shufflevector(s.a, s.b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
-          __builtin_shufflevector(s.a, s.b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30,
-                                  31)};
-}
 
 // sums [heads, width] += `weights` [heads, room] times the rows of `keys` (an even number), for
 // BLOCKS blocks of 32 channels.
@@ -125,83 +109,10 @@ inline void weigh(int heads, const float* weights, int64_t room, const char* con
   }
 }
 
-// ---------------------------------------------------------------- packed rows
-
-// An entry of `width` channels as bfloat16; see Attention for `kept`.
-inline void unpack_entry(const char* from, int64_t width, int64_t kept, uint16_t* to) {
-  const int64_t plain = width - kept;
-  const char* scales = from + plain + 2 * kept;
-#if DSV4_PAIRS
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // what unpacking undoes
-  for (int64_t i = 0; i < plain; i += 64) {
-    __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from + i));
-    __m512i low = Fp8Row::lookup(E4M3.low, code), high = Fp8Row::lookup(E4M3.high, code);
-    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // a | (b & c)
-    store(to + i, with_scale((u16x32)_mm512_unpacklo_epi8(low, high), (uint8_t)scales[i / 64]));
-    store(to + i + 32, with_scale((u16x32)_mm512_unpackhi_epi8(low, high), (uint8_t)scales[i / 64]));
-  }
-#else
-  for (int64_t i = 0; i < plain; i += 32) {
-    u16x32 code = __builtin_convertvector(load<u8x32>(from + i), u16x32);
-    store(to + i, with_scale(Fp8Row::words(code), (uint8_t)scales[i / 64]));
-  }
-#endif
-  std::memcpy(to + plain, from + plain, 2 * kept);
-}
-
 // ---------------------------------------------------------------- attention
 
-// The keys of a query: `near` of the window, then rows.
-struct Keys {
-  const Attention& job;
-  int64_t query, near, count;
-  const int64_t* chosen;  // which rows; null: all up to the query
-
-  // `space`: for k numbers.
-  Keys(const Attention& job, int64_t query, int64_t* space)
-      : job(job), query(query), chosen(job.chosen == nullptr ? nullptr : space) {
-    near = count = std::min(job.earlier + query + 1, job.width);
-    if (job.rows.pieces == nullptr) return;
-    if (chosen == nullptr) count += (job.start + query + 1) / job.ratio;
-    for (int64_t i = 0; chosen != nullptr && i < job.k; i++) {
-      const int64_t row = job.chosen[query * job.k + i];
-      if (row >= 0) space[count++ - near] = row;
-    }
-  }
-
-  const char* row(int64_t i) const {
-    return job.rows.row(chosen == nullptr ? i - near : chosen[i - near]);
-  }
-
-  // Keys first .. first + TILE - 1; after the last one, it again. Packed ones are unpacked to `room`.
-  void get(int64_t first, uint16_t* room, const char** keys) const {
-    const int64_t width = job.width_of_head, bytes = width * (job.is_bf16 ? 2 : 4);
-    for (int64_t i = first; i < first + TILE; i++, keys++, room += width) {
-      if (i >= count) {
-        *keys = keys[-1];
-      } else if (i < near) {
-        const int64_t at = job.earlier + query + 1 - near + i;
-        *keys = static_cast<const char*>(job.window) + at * bytes;
-      } else if (job.kept == 0) {
-        *keys = row(i);
-      } else {
-        unpack_entry(row(i), width, job.kept, room);
-        *keys = reinterpret_cast<const char*>(room);
-      }
-    }
-  }
-
-  // Asks the memory for rows, which lie anywhere. (Not inlined, GCC thinks that it does nothing.)
-  __attribute__((always_inline)) void fetch(int64_t first) const {
-    for (int64_t i = std::max(first, near); i < std::min(first + TILE, count); i++) {
-      const auto* at = reinterpret_cast<const uint8_t*>(row(i));
-      for (int64_t byte = 0; byte < job.rows.bytes; byte += 64) prefetch(at + byte);
-    }
-  }
-};
-
-// Several queries see the same rows but for the last ones, and windows of the same length, which
-// is a multiple of TILE; or there is one query.
+// Several queries see the same rows, and windows of the same length, which is a multiple of TILE; or
+// there is one query.
 template <bool BF16>
 inline void attend_as(const Attention& job, int64_t query, int64_t queries, int64_t head,
                       int64_t heads, uint8_t* space) {
@@ -213,22 +124,17 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
   auto* sums_of = reinterpret_cast<float*>(listed + (all ? unpacked_rows(job) : 0));
   float* scores = sums_of + queries * heads * width;
   const Keys last(job, query + queries - 1, chosen);
-  const int64_t room = (last.count + TILE - 1) / TILE * TILE, near = last.near;
+  const int64_t count = last.count, near = last.near, room = (count + TILE - 1) / TILE * TILE;
   auto row_of = [&](int64_t q, int64_t h) { return scores + (q * heads + h) * room; };
-  auto count_of = [&](int64_t q) {  // what a query sees
-    return q == queries - 1 ? last.count : near + (job.start + query + q + 1) / job.ratio;
-  };
   // each(q, first key, keys, how many of them) for all queries and keys in tiles
   auto in_tiles = [&](auto&& each) {
     const char* some[TILE];
-    for (int64_t i = 0; i < last.count; i += TILE) {
+    for (int64_t i = 0; i < count; i += TILE) {
       if (job.kept != 0 || all) last.fetch(i + AHEAD);
       const bool shared = queries == 1 || i >= near;
       const char** keys = all ? listed + i : some;
       if (shared) last.get(i, unpacked + (all ? i * width : 0), keys);
       for (int64_t q = 0; q < queries; q++) {
-        const int64_t count = count_of(q);
-        if (i >= count) continue;
         if (!shared) Keys(job, query + q, nullptr).get(i, unpacked, keys);
         each(q, i, keys, std::min(count - i, TILE));
       }
@@ -248,15 +154,14 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
   });
   float totals[dsv4::TOGETHER][dsv4::HEADS];
   for (int64_t q = 0; q < queries; q++) {
-    const int64_t count = count_of(q), end = (count + TILE - 1) / TILE * TILE;
     for (int64_t h = 0; h < heads; h++) {
       float* mine = row_of(q, h);
-      for (int64_t i = count; i < end; i++) mine[i] = -__builtin_inff();
+      for (int64_t i = count; i < room; i++) mine[i] = -__builtin_inff();
       f32x16 most = splat(-__builtin_inff());
-      for (int64_t i = 0; i < end; i += 16) most = max(load<f32x16>(mine + i), most);
+      for (int64_t i = 0; i < room; i += 16) most = max(load<f32x16>(mine + i), most);
       const float top = largest(most);
       f32x16 total = {};
-      for (int64_t i = 0; i < end; i += 16) {
+      for (int64_t i = 0; i < room; i += 16) {
         f32x16 e = exp(load<f32x16>(mine + i) - top);
         total = total + e;
         if (paired(BF16)) {
@@ -269,15 +174,15 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
     }
   }
   std::memset(sums_of, 0, queries * heads * width * sizeof(float));
-  auto add = [&](int64_t q, int64_t i, const char* const* keys, int64_t count) {
+  auto add = [&](int64_t q, int64_t i, const char* const* keys, int64_t some) {
     for (int64_t h = 0; h < heads; h += 4) {
       const float* weights = row_of(q, h) + (paired(BF16) ? i / 2 : i);
-      weigh<BF16>((int)std::min<int64_t>(heads - h, 4), weights, room, keys, (count + 1) / 2 * 2,
+      weigh<BF16>((int)std::min<int64_t>(heads - h, 4), weights, room, keys, (some + 1) / 2 * 2,
                   sums_of + (q * heads + h) * width, width);
     }
   };
   if (all) {
-    add(0, 0, listed, last.count);
+    add(0, 0, listed, count);
   } else {
     in_tiles(add);
   }
@@ -285,7 +190,8 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
     char* out = static_cast<char*>(job.out) + ((query + q) * job.heads + head) * bytes;
     for (int64_t h = 0; h < heads; h++) {
       for (int64_t channel = 0; channel < width; channel += 32) {
-        Sums s = in_order<BF16>(load<Sums>(sums_of + (q * heads + h) * width + channel));
+        Sums s = load<Sums>(sums_of + (q * heads + h) * width + channel);
+        if (paired(BF16)) s = in_order(s);
         put(out, BF16, h * width + channel, s.a / totals[q][h]);
         put(out, BF16, h * width + channel + LANES, s.b / totals[q][h]);
       }
@@ -297,8 +203,18 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
 
 void attend(const Attention& job, int64_t query, int64_t queries, int64_t head, int64_t heads,
             uint8_t* space) {
+  // What a later query alone sees is not even multiplied by zero: it might not be a number.
+  auto rows = [&](int64_t q) { return job.rows.pieces ? (job.start + q + 1) / job.ratio : 0; };
+  if (queries > 1 && rows(query) != rows(query + queries - 1)) {
+    for (int64_t i = 0; i < queries; i++) attend(job, query + i, 1, head, heads, space);
+    return;
+  }
   FlushSubnormals guard;
+#if DSV4_TILES
+  if (job.is_bf16) return TiledAttention(job, query, queries, head, heads, space).run();
+#else
   if (job.is_bf16) return attend_as<true>(job, query, queries, head, heads, space);
+#endif
   attend_as<false>(job, query, queries, head, heads, space);
 }
 

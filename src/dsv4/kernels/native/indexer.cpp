@@ -6,9 +6,10 @@
 //
 // FP4 numbers are small whole numbers times a power of two, and so are queries that were rounded
 // alike. Then the sum over 32 channels is exact, and is computed with bytes: the same bits as with
-// bfloat16, several times as fast.
+// bfloat16, several times as fast. (index_tiles.h has what only AMX does.)
 #include <algorithm>
 
+#include "index_tiles.h"
 #include "kernels.h"
 #include "packed.h"
 
@@ -316,7 +317,7 @@ struct Queries {
   Queries(const IndexTopk& job, int64_t first, int64_t queries, uint8_t* space)
       : job(job), bytes(reinterpret_cast<ByteQuery*>(space)) {
     exact = reinterpret_cast<bool*>(bytes + queries * job.heads);
-    const bool fit = job.packed && job.is_bf16 && job.width == WIDTH;
+    const bool fit = job.packed && job.is_bf16 && job.width == WIDTH && !with_tiles(job);
     for (int64_t i = 0; i < queries; i++) {
       const uint16_t* q = static_cast<const uint16_t*>(job.q) + (first + i) * job.heads * WIDTH;
       exact[i] = fit;
@@ -445,15 +446,24 @@ void index_best(const IndexTopk& job, int64_t first, int64_t queries, int64_t be
   Bytes keys;
   u32x16 columns[dsv4::MAX_INDEX_WIDTH * SIXTEENS];
   const int64_t bytes = job.width * (job.is_bf16 ? 2 : 4);
+  const bool tiles = with_tiles(job);
+  TiledIndex tiled(job, first, tiles ? queries : 0, space);
   for (int64_t i = begin; i < end; i += TILE) {
     fetch(job, i + AHEAD, end);
+    for (int group = 0; tiles && group < SIXTEENS; group++) {
+      const char* sixteen[16];
+      find_keys(job, i + 16 * group, end, sixteen);
+      tiled.bring(sixteen, group);
+    }
     if (some_exact) turn_packed(job, i, end, keys);
-    if (!all_exact) turn(job, bytes, i, end, columns);
+    if (!all_exact && !tiles) turn(job, bytes, i, end, columns);
     for (int64_t q = 0; q < queries; q++) {
       const int64_t seen = job.seen(first + q), here = std::min<int64_t>(std::min(end, seen) - i, TILE);
       if (here <= 0 || seen <= job.k) continue;
       f32x16 totals[SIXTEENS] = {};
-      if (rows.exact[q]) {
+      if (tiles) {
+        tiled.score(q, totals);
+      } else if (rows.exact[q]) {
         score_bytes(job, first + q, rows.bytes + q * job.heads, keys, totals);
       } else if (job.is_bf16) {
         score_columns<true>(job, first + q, columns, totals);

@@ -151,7 +151,11 @@ struct Table {
   const char* const* pieces;  // null: no rows
   int64_t offset, each, bytes;
 
-  const char* row(int64_t i) const { return pieces[i / each] + offset + i % each * bytes; }
+  const char* row(int64_t i) const {
+    if (i < each) return pieces[0] + offset + i * bytes;
+    const auto piece = (uint32_t)i / (uint32_t)each;  // 64 bits would take twice as long
+    return pieces[piece] + offset + (i - piece * each) * bytes;
+  }
 };
 
 // `earlier` entries of the window are older than the first query. chosen [queries, k] or null.
@@ -182,7 +186,17 @@ inline int64_t unpacked_rows(const Attention& job) {
   return job.chosen ? job.width + job.k + TILE : job.kept ? TILE : 0;
 }
 
-// What so many queries take that see at most so many keys.
+constexpr int64_t TILED_KEYS = 320;  // of a query at once with tiles
+
+// What it takes to compute so many queries together with tiles.
+inline int64_t tiled_attention_space(const Attention& job, int64_t queries, int64_t heads) {
+  const int64_t columns = (queries * heads + 15) / 16 * 16, width = job.width_of_head;
+  const int64_t keys = TILED_KEYS + (queries - 1) * job.width;  // each query has its own window
+  return 8 * (job.k + 8) + (2 * width + 64) * keys + 2 * width * columns + 128 * TILED_KEYS +
+         4 * columns * (TILED_KEYS + width + 2);
+}
+
+// The same without, for queries that see at most so many keys.
 inline int64_t attention_space(const Attention& job, int64_t queries, int64_t heads, int64_t keys) {
   return 8 * (job.k + 8) + unpacked_rows(job) * (2 * job.width_of_head + 8) +
          4 * queries * heads * (job.width_of_head + keys + TILE);
@@ -212,9 +226,10 @@ struct Best {
 
 inline int64_t best_room(int64_t k) { return 3 * k + INDEX_TILE; }
 
-// Bytes that IndexBest works with: queries as bytes and, if `all`, what it takes to thin a list.
+// Bytes that IndexBest works with: queries as bytes, or as tiles with their weights, and, if `all`,
+// what it takes to thin a list.
 inline int64_t index_space(const IndexTopk& job, int64_t queries, bool all = true) {
-  const int64_t rows = (queries * (job.heads * (5 * 32) + 1) + 63) / 64 * 64;
+  const int64_t rows = queries * ((job.heads + 15) / 16 * (16 * 260) + 64);
   return rows + (all ? 8 * job.k + 4 * best_room(job.k) : 0);
 }
 

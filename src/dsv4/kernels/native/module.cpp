@@ -140,14 +140,18 @@ void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_
                 width,         start,            ratio,          k,     scale,
                 is_bf16};
   const int64_t seen = !job.rows.pieces ? 0 : chosen ? k : (start + queries) / ratio;
+  const Isa* isa = current();
+  const bool tiles = isa->pack && is_bf16;
   // as many heads as there can be in a task, if there are tasks for all threads
-  const int64_t most = std::clamp<int64_t>(heads * queries / threads, 1, HEADS);
+  const int64_t fair = std::max<int64_t>(heads * queries / threads, 1);
+  const int64_t most = std::min(tiles ? (fair + 15) / 16 * 16 : fair, tiles ? heads : HEADS);
   const int64_t parts = (heads + most - 1) / most;
   // packed rows that all see are unpacked for several at once
   const bool alike = kept && !chosen && seen > 0 && earlier + 1 >= width && width % TILE == 0;
-  const int64_t group = alike && queries >= 16 ? TOGETHER : 1;
-  const int64_t space = attention_space(job, group, most, width + seen);
-  const Isa* isa = current();
+  const int64_t together = tiles ? std::clamp<int64_t>(16 / most, 1, TOGETHER) : TOGETHER;
+  const int64_t group = alike && queries >= 16 ? together : 1;
+  const int64_t space = tiles ? tiled_attention_space(job, group, most)
+                              : attention_space(job, group, most, width + seen);
   auto one = [&](int64_t task) {
     static thread_local Array<uint8_t> kept;
     static thread_local int64_t size = 0;

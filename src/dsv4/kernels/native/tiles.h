@@ -23,7 +23,8 @@ constexpr int64_t TILE_BYTES = 1024;
 // afterwards it has none, and a change of thread need not save them.
 class Tiles {
  public:
-  explicit Tiles(int columns) {
+  // A tile of B has so many columns, one of A so many rows.
+  explicit Tiles(int columns, int rows = 16) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -31,7 +32,7 @@ class Tiles {
     } shape;
     for (int t = 0; t < 8; t++) {
       shape.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? 64 : 4 * columns);
-      shape.rows[t] = 16;
+      shape.rows[t] = (uint8_t)(t >= 6 ? 16 : rows);
     }
     asm volatile("ldtilecfg %0" : : "m"(shape));
   }

@@ -43,6 +43,41 @@ constexpr int input_at(Format format, int v, int w) {
   }
 }
 
+typedef uint64_t u64x8 __attribute__((vector_size(64)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+
+// 128 bfloat16 as four vectors of pairs in the order of `input_at`.
+inline Step in_pairs(const uint16_t* x, Format format) {
+  Step out;
+  auto* to = reinterpret_cast<uint8_t*>(&out);
+  if (DSV4_TILES && format == Format::fp4) {  // of every sixteen words every second one
+    for (int part = 0; part < 8; part++) {
+      u32x8 both = load<u32x8>(x + 16 * part);
+      for (int v = 0; v < 2; v++) {
+        uint8_t* at = to + 64 * (part % 2 * 2 + v) + 16 * (part / 2);
+        store(at, __builtin_convertvector(both >> 16 * v, u16x8));
+      }
+    }
+  } else if (format == Format::fp4) {  // words 4 w + v of every w
+    for (int part = 0; part < 4; part++) {
+      u64x8 fours = load<u64x8>(x + 32 * part);
+      for (int v = 0; v < 4; v++) {
+        store(to + 64 * v + 16 * part, __builtin_convertvector(fours >> 16 * v, u16x8));
+      }
+    }
+  } else if (format == Format::fp8) {  // eights of words change places
+    for (int v = 0; v < 4; v++) {
+      for (int eight = 0; eight < 4; eight++) {
+        std::memcpy(to + 64 * v + 16 * eight, x + input_at(format, v, 8 * eight), 16);
+      }
+    }
+  } else {
+    std::memcpy(to, x, 2 * STEP);
+  }
+  return out;
+}
+
 // Adds `shift` to the exponents of bfloat16 values that are not zero.
 inline u32x16 scaled(u32x16 pairs, u16x32 shift) {
   u16x32 words = (u16x32)pairs;
