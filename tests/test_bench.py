@@ -226,7 +226,7 @@ def test_bench_context_grows_one_session(folder: Path, tmp_path: Path) -> None:
     assert report["rewind"]["tokens"] == 1024 and report["rewind"]["seconds"] > 0
     disk = report["disk"]
     assert disk["tokens"] == 2048  # all of it was found again
-    assert disk["files"] == 2048 // 128 + 1
+    assert disk["files"] == 2  # rows and a cut
     assert min(disk["write_seconds"], disk["plain_read_seconds"], disk["read_seconds"]) > 0
     assert not list(tmp_path.iterdir())
     bench_context.plot(tmp_path / "context.png", report)
