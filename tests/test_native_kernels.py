@@ -416,14 +416,14 @@ def test_top_k_of_many(rounded: bool) -> None:
     assert bool((least >= scores.topk(k, -1).values[:, -1] - tolerance).all())
 
 
-@pytest.mark.parametrize("start", [3000, 19000])
+@pytest.mark.parametrize(("start", "ratio"), [(3000, 28), (19000, 28), (100, 128)])
 @pytest.mark.parametrize("heads", [3, 4, 9])
-def test_attention_of_queries_that_see_the_same_rows(heads: int, start: int) -> None:
+def test_attention_of_queries_that_see_the_same_rows(heads: int, start: int, ratio: int) -> None:
     """Rows that are unpacked for several queries at once give each the same bits as alone."""
     queries, earlier, width, dim = 39, 31, 32, 192
     q = activations(queries * heads, dim, BF16).view(1, queries, heads, dim)
     window = activations(earlier + queries, dim, BF16, 2)[None]
-    rows = reference.fp8_round(activations(start // 28 + 3, dim, BF16, 3), 64, 64)[None]
+    rows = reference.fp8_round(activations(start // ratio + 3, dim, BF16, 3), 64, 64)[None]
     there = paged(rows, 1, RowFormat(dim, BF16, "entry", 64))
     sink = activations(1, heads, F32)[0]
 
@@ -431,7 +431,7 @@ def test_attention_of_queries_that_see_the_same_rows(heads: int, start: int) -> 
         first = some.start or 0
         near = window[:, first:] if some.start is None else window[:, first : some.stop + earlier]
         return native.attention(
-            q[:, some], near, table, None, sink, start=start + first, ratio=28, width=width,
+            q[:, some], near, table, None, sink, start=start + first, ratio=ratio, width=width,
             scale=dim**-0.5, dtype=BF16,
         )  # fmt: skip
 
@@ -440,7 +440,7 @@ def test_attention_of_queries_that_see_the_same_rows(heads: int, start: int) -> 
     alone = [attend(there, slice(i, i + 1)) for i in range(queries)]
     assert torch.equal(got, torch.cat(alone, 1))
     wanted = reference.attention(
-        q, window, rows, None, sink, start=start, ratio=28, width=width, scale=dim**-0.5,
+        q, window, rows, None, sink, start=start, ratio=ratio, width=width, scale=dim**-0.5,
         dtype=BF16,
     )
     close(got, wanted, 4)

@@ -4,6 +4,7 @@
 // sums are in this order, so it does not matter in which pass the query is, or beside which others.
 // Keys are taken in tiles twice, for scores and for values. Packed rows are unpacked once where
 // they are chosen for a query, or else each time, into the nearest cache, for several queries.
+// (attention_tiles.h has what only AMX does.)
 #include <algorithm>
 
 #include "attention_keys.h"

@@ -1,11 +1,11 @@
 // Attention with tiles: all heads of a query at once, or of a few queries.
 //
-// A column is a head of a query. For scores A is sixteen keys, as they lie, and B columns: a lane is
-// a column, and softmax never crosses lanes. For values A is weights, turned into rows again, and B
-// keys, pairs of them side by side, a few channels at a time, so that they stay in the nearest cache. Sums are tile by tile: 32 channels of a score, 32 keys of a
-// value, counted from the query's first key. Every TILED_KEYS keys the largest score so far is
-// looked for anew, and the sums before are scaled to it. No element of a tile sees another column,
-// so it does not matter which columns are computed together.
+// A column is a head of a query. For scores A is sixteen keys, as they lie, and B columns: a lane
+// is a column, and softmax never crosses lanes. For values A is weights, turned into rows again, and
+// B keys, pairs of them side by side, a few channels at a time. Sums are tile by tile: 32 channels
+// of a score, 32 keys of a value, counted from the query's first key. Every TILED_KEYS keys the
+// largest score so far is looked for anew, and the sums before are scaled to it. No element of a
+// tile sees another column, so it does not matter which columns are computed together.
 #pragma once
 
 #include <algorithm>
@@ -89,7 +89,11 @@ class TiledAttention {
       }
       for (int i = 0; i < count; i++) score(parts[i]);
       for (int64_t g = 0; g < groups; g++) soften(g, end - begin, begin == 0, end == last.count);
-      for (int i = 0; i < count; i++) weigh(parts[i], begin == 0, end == last.count);
+      const bool in_parts = parts[count - 1].columns < columns;  // no rows after the windows
+      for (int i = 0; i < count; i++) {
+        const bool done = end == last.count && (in_parts || i == count - 1);
+        weigh(parts[i], begin == 0 && parts[i].place == 0, done);
+      }
     }
   }
 
@@ -116,7 +120,9 @@ class TiledAttention {
     for (int64_t g = 0; g < groups; g++) {
       const char* from[16];
       const int64_t some = std::min<int64_t>(16, columns - 16 * g);
-      for (int64_t i = 0; i < some; i++) from[i] = static_cast<const char*>(job.q) + row(16 * g + i) * bytes;
+      for (int64_t i = 0; i < some; i++) {
+        from[i] = static_cast<const char*>(job.q) + row(16 * g + i) * bytes;
+      }
       for (int64_t at = 0; at < bytes; at += 64, to += TILE_BYTES) {
         u32x16 v[16] = {};
         for (int64_t i = 0; i < some; i++) v[i] = load<u32x16>(from[i] + at);
@@ -342,9 +348,9 @@ class TiledAttention {
     }
   }
 
+  // `first`: nothing has been added yet; `last`: nothing will be.
   void weigh(const Part& part, bool first, bool last) {
     Tiles shape(16, (int)std::min<int64_t>(16, part.columns));
-    first = first && part.place == 0, last = last && part.column + part.columns == columns;
     const int64_t end = part.column + part.columns, rounds = (part.columns + 31) / 32;
     const int64_t some = (16 + rounds - 1) / rounds;
     uint8_t *now = values, *next = values + TILED_KEYS * 64;

@@ -1,8 +1,8 @@
 // Scores of the indexer with tiles, for bfloat16 and 128 channels.
 //
-// A is sixteen keys, B sixteen heads: a lane is a head. What heads say of a key is added by groups of
-// sixteen, lane by lane, and at last across lanes. Channels are in the order in which packed keys are
-// unpacked; keys that are numbers are brought into it, so packing changes no bit.
+// A is sixteen keys, B sixteen heads: a lane is a head. What heads say of a key is added by groups
+// of sixteen, lane by lane, and at last across lanes. Channels are in the order in which packed keys
+// are unpacked; keys that are numbers are brought into it, so packing changes no bit.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +17,7 @@ namespace {
 
 using dsv4::IndexTopk;
 
+// (Of few heads most of a tile would be empty.)
 inline bool with_tiles(const IndexTopk& job) {
   return DSV4_TILES && job.is_bf16 && job.width == STEP && job.heads >= 16;
 }

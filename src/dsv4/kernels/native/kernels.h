@@ -144,7 +144,7 @@ struct Pool {  // a row is a block; the first one starts at kv and gate
   bool overlap;
 };
 
-constexpr int64_t HEADS = 8;  // of one query at once
+constexpr int64_t HEADS = 8;  // of one query at once, without tiles
 
 // Rows of `bytes` bytes, `each` of which lie one after the other from `offset` of a piece on.
 struct Table {
@@ -176,8 +176,8 @@ struct Attention {
 constexpr int64_t TILE = 32;      // keys at once
 constexpr int64_t TOGETHER = 4;  // queries at once at most
 
-// The results of up to HEADS heads of queries that may be computed together; one always can. The
-// space is attention_space() bytes.
+// The results of up to HEADS heads (with tiles, of any number) of queries that may be computed
+// together; one always can. The space is attention_space() bytes, or tiled_attention_space().
 using Attend = void(const Attention& job, int64_t query, int64_t queries, int64_t head,
                     int64_t heads, uint8_t* space);
 
