@@ -372,7 +372,7 @@ def test_attention_over_rows_in_pieces(each: int, packed: bool) -> None:
 
 
 def test_attention_from_the_first_token_on() -> None:
-    """Where there are fewer keys than are taken at once, and rows are packed but entries are not."""
+    """Fewer keys than are taken at once; rows are packed, the window's entries are not."""
     queries, dim = 45, 192
     q = activations(queries * 3, dim, BF16).view(1, queries, 3, dim)
     window = activations(queries, dim, BF16, 2)[None]
