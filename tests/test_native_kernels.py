@@ -373,6 +373,26 @@ def test_attention_over_rows_in_pieces(each: int, packed: bool) -> None:
         assert torch.equal(every_way(lambda: attend(there)), attend(rows))
 
 
+def test_attention_from_the_first_token_on() -> None:
+    """Fewer keys than are taken at once; rows are packed, the window's entries are not."""
+    queries, dim = 45, 192
+    q = activations(queries * 3, dim, BF16).view(1, queries, 3, dim)
+    window = activations(queries, dim, BF16, 2)[None]
+    window.view(torch.int16)[..., [0, 128]] = 0x3FFF  # as a packed row it would be infinite
+    rows = reference.fp8_round(activations(12, dim, BF16, 3), 64, 64)[None]
+    there = paged(rows, 4, RowFormat(dim, BF16, "entry", 64))
+
+    def attend(table: Tensor | PagedRows) -> Tensor:
+        out: Tensor = native.attention(
+            q, window, table, None, torch.zeros(3), start=0, ratio=4, width=32, scale=dim**-0.5,
+            dtype=BF16,
+        )  # fmt: skip
+        return out
+
+    got = every_way(lambda: attend(there))
+    assert got.isfinite().all() and torch.equal(got, attend(rows))
+
+
 @pytest.mark.parametrize("each", [1, 32])
 @pytest.mark.parametrize("packed", [True, False])
 def test_top_k_over_keys_in_pieces(each: int, packed: bool) -> None:

@@ -88,7 +88,8 @@ struct Keys {
         *at = i < near ? window + (job->earlier + query + 1 - near + i) * bytes : row(i);
       }
     }
-    return job->kept == 0 ? TILE : std::min(std::max(near - first, int64_t{0}), TILE);
+    if (job->kept == 0 || near >= std::min(count, first + TILE)) return TILE;
+    return std::max(near - first, int64_t{0});
   }
 
   // The same as numbers: those that are packed are unpacked to `room`.
