@@ -172,6 +172,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
             [*command, "flash", "--scale", "0.25", "--layers", "20", "--vocab", "1000"],
             stderr=subprocess.PIPE,
             text=True,
+            # a shell's background job ignores it, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
         while running.poll() is None and not list(tmp_path.glob(".m.*.partial/*.safetensors")):
