@@ -126,9 +126,9 @@ def packed_attention(
 ) -> Tensor:
     """See ``reference.packed_attention``. With tiles nothing is moved: the row is read as it is."""
     heads, dim = q.shape[2:]
-    some = all(r is None or r.dtype == torch.bfloat16 for r in rows)
-    fits = some and dim % 32 == 0 and heads in (1, 2, 4, 8, 16, 32, 64, 128)
-    if not (fits and q.dtype == kv.dtype == dtype == torch.bfloat16 and _native.train_attends()):
+    typed = all(x is None or x.dtype == dtype == torch.bfloat16 for x in (q, kv, *rows))
+    fits = dim % 32 == 0 and heads in (1, 2, 4, 8, 16, 32, 64, 128)
+    if not (typed and fits and _native_takes(q) and _native.train_attends()):
         return reference.packed_attention(
             q, kv, rows, chosen, sink, packing, ratio=ratio, width=width, scale=scale, dtype=dtype,
             attention=attention,

@@ -35,14 +35,6 @@ inline f32x16 exp2_of_negative(f32x16 x) {
   return (f32x16)_mm512_scalef_ps((__m512)p, n);
 }
 
-// Both rounded to bfloat16, side by side.
-inline u32x16 narrow_pairs(f32x16 even, f32x16 odd) {
-  const auto low = (__m256i)_mm512_cvtneps_pbh((__m512)even);
-  const auto high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
-  const __m512i words = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-  return (u32x16)_mm512_or_si512(words, _mm512_cvtepu16_epi32(low));
-}
-
 class TiledAttention {
  public:
   TiledAttention(const Attention& job, int64_t query, int64_t queries, int64_t head, int64_t heads,

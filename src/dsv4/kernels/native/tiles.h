@@ -60,6 +60,14 @@ inline void dot_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
+// Both rounded to bfloat16, side by side.
+inline u32x16 narrow_pairs(f32x16 even, f32x16 odd) {
+  const auto low = (__m256i)_mm512_cvtneps_pbh((__m512)even);
+  const auto high = (__m256i)_mm512_cvtneps_pbh((__m512)odd);
+  const __m512i words = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+  return (u32x16)_mm512_or_si512(words, _mm512_cvtepu16_epi32(low));
+}
+
 }  // namespace
 }  // namespace DSV4_ISA
 #endif

@@ -39,13 +39,6 @@ inline void put_pairs(const uint16_t* even, const uint16_t* odd, int64_t dim, ui
   }
 }
 
-// Numbers of two vectors, rounded: of each pair the first in the low half.
-inline u32x16 pairs_of(f32x16 a, f32x16 b) {
-  const auto low = (u16x16)_mm512_cvtneps_pbh((__m512)a);
-  const auto high = (u16x16)_mm512_cvtneps_pbh((__m512)b);
-  return __builtin_convertvector(low, u32x16) | __builtin_convertvector(high, u32x16) << 16;
-}
-
 // The keys of a sample: its own entries, then the compressed ones, each filled up to KEYS.
 struct Keys {
   int64_t own, rows, dim;
@@ -93,9 +86,7 @@ void put_column_pairs(const uint16_t* from, int64_t count, int64_t columns, int6
   }
 }
 
-template <int FIRST>
 inline void store_four(float* to, int64_t stride) {
-  static_assert(FIRST == 0, "");
   store_tile<0>(to, 4 * stride);
   store_tile<1>(to + 16, 4 * stride);
   store_tile<2>(to + 16 * stride, 4 * stride);
@@ -201,7 +192,7 @@ struct Block {
           add_four(x + 32 * i, x + 16 * a.dim + 32 * i, 2 * a.dim, b + i * TILE_BYTES,
                    b + (steps + i) * TILE_BYTES, 64);
         }
-        store_four<0>(to + k * columns + c, columns);
+        store_four(to + k * columns + c, columns);
       }
     }
   }
@@ -214,13 +205,17 @@ struct Block {
       for (int64_t c = 0; c < columns; c += 32) {
         const uint8_t* w = weights + c / 16 * many * TILE_BYTES;
         float* to = sums + c * a.dim + d;
-        add ? load_four(to, a.dim) : zero_four();
+        if (add) {
+          load_four(to, a.dim);
+        } else {
+          zero_four();
+        }
         for (int64_t k = 0; k < count; k += KEYS) {
           const uint16_t* y = keys.pairs.get() + place(from + k) * a.dim + 2 * d;
           add_four(w + k / KEYS * TILE_BYTES, w + (many + k / KEYS) * TILE_BYTES, 64, y, y + 32,
                    4 * a.dim);
         }
-        store_four<0>(to, a.dim);
+        store_four(to, a.dim);
       }
     }
   }
@@ -274,7 +269,7 @@ void attend(const SampledAttention& a, const Sample& s, const Keys& keys, int64_
           e[j] = (f32x16)_mm512_maskz_mov_ps(b.mask(k + i + j, v), (__m512)exp(x));
           total = total + e[j];
         }
-        pairs[i / 2] = pairs_of(e[0], e[1]);
+        pairs[i / 2] = narrow_pairs(e[0], e[1]);
       }
       put_weights(pairs, weights.get() + (v * many + k / KEYS) * TILE_BYTES);
     }
@@ -292,7 +287,7 @@ void attend(const SampledAttention& a, const Sample& s, const Keys& keys, int64_
   }
 }
 
-// What the blocks of one thread need: made once.
+// What the blocks of a part need, made once.
 struct Workspace {
   dsv4::Array<uint8_t> q_side, g_side, to_values;
   dsv4::Array<uint16_t> q_pairs, g_pairs, p, ds;
@@ -348,7 +343,7 @@ void attend_back(const SampledAttention& a, const Sample& s, const Keys& keys, i
             store(w.p.get() + at, _mm512_cvtneps_pbh((__m512)p));
             store(w.ds.get() + at, _mm512_cvtneps_pbh((__m512)ds[j]));
           }
-          pairs[i / 2] = pairs_of(ds[0], ds[1]);
+          pairs[i / 2] = narrow_pairs(ds[0], ds[1]);
         }
         put_weights(pairs, w.to_values.get() + (v * many + k / KEYS) * TILE_BYTES);
       }
@@ -365,7 +360,7 @@ void attend_back(const SampledAttention& a, const Sample& s, const Keys& keys, i
           add_four(ds, ds + 16 * b.columns, 2 * b.columns, x, x + 32, 4 * a.dim);
           add_four(p, p + 16 * b.columns, 2 * b.columns, y, y + 32, 4 * a.dim);
         }
-        store_four<0>(to, a.dim);
+        store_four(to, a.dim);
       }
     }
   }
