@@ -169,10 +169,10 @@ def items(task: str, n: int = 250) -> Iterator[tuple[str, str, str]]:
             yield ask["content"], reply.get("reasoning_content", ""), reply["content"]
 
 
-SUM = re.compile(r"(?<![\d=.])(\d+(?: ?[-+*/] ?\d+)+) ?= ?(\d+)")
+SUM = re.compile(r"(?<![\d=.])(\d+(?: ?[-+*/] ?\d+)+) ?= ?(-?\d+)")
 
 
-@pytest.mark.parametrize("task", ["word_problem", "units", "dates", "addition"])
+@pytest.mark.parametrize("task", ["word_problem", "units", "dates", "addition", "subtraction"])
 def test_every_written_sum_is_true(task: str) -> None:
     found = 0
     for _, why, reply in items(task):

@@ -277,10 +277,11 @@ def fake_quant_weight(weight: Tensor, fmt: str) -> Tensor:
             stored = fp4_round(weight)
         else:
             n, k = weight.shape[-2:]
-            blocks = weight.float().unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
+            whole = F.pad(weight.float(), (0, -k % FP8_BLOCK, 0, -n % FP8_BLOCK))
+            blocks = whole.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
             amax = blocks.abs().amax((-3, -1), keepdim=True)
             scale = _scale_for(amax, FP8_MAX, FP8_MAX * 2.0**-126)
             stored = round_e4m3(blocks, scale).flatten(-4, -3).flatten(-2)
-            stored = stored.view(*weight.shape[:-2], n, k).to(weight.dtype)
+            stored = stored.view(whole.shape)[..., :n, :k].to(weight.dtype)
         delta = stored - weight
     return weight + delta

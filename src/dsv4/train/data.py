@@ -47,6 +47,7 @@ WEIGHTS: Mapping[str, float] = {
     "number_facts": 6,
     "times_table": 4,
     "addition": 10,
+    "subtraction": 6,
     "word_problem": 8,
     "units": 5,
     "dates": 5,

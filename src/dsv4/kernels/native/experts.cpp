@@ -51,7 +51,7 @@ void routed_experts(const std::vector<Expert>& experts, const Rows& x, const int
   multiply([&](std::vector<Product>& products, const Expert& expert, int64_t begin, int64_t end) {
     for (auto [weight, to] : {std::pair{&expert.gate, gate.get()}, {&expert.up, up.get()}}) {
       products.push_back({weight, 0, width, xs.get(), x_bytes, as_pair, 0, &row_of[begin],
-                          end - begin, to + begin * width * element, width, x.is_bf16});
+                          end - begin, to + begin * width * element, width, x.is_bf16, x.is_bf16});
     }
   });
 
@@ -69,7 +69,7 @@ void routed_experts(const std::vector<Expert>& experts, const Rows& x, const int
   multiply([&](std::vector<Product>& products, const Expert& expert, int64_t begin, int64_t end) {
     products.push_back({&expert.down, 0, inputs, acts.get() + begin * act_bytes, act_bytes, as_pair,
                         0, nullptr, end - begin, parts.get() + begin * inputs * element, inputs,
-                        x.is_bf16});
+                        x.is_bf16, x.is_bf16});
   });
 
   auto sum = [&](int64_t row) {

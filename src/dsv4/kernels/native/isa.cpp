@@ -29,10 +29,18 @@ dsv4::IndexBest index_best;
 dsv4::Select select;
 
 extern const dsv4::Training training;
+
+constexpr dsv4::Isa named(const char* name, bool slow_pairs) {
+  return {name,      DSV4_PAIRS != 0, slow_pairs, arrange,   pack,    multiply, swiglu, add,
+          norm,      rope,            round_fp8,  round_fp4, hc_read, hc_expand, sinkhorn, pool,
+          route,     attend,          index_best, select,    &training};
+}
+
 extern const dsv4::Isa isa;
-const dsv4::Isa isa = {DSV4_ISA_NAME, DSV4_PAIRS != 0, arrange,   pack,    multiply,  swiglu,
-                       add,           norm,            rope,      round_fp8, round_fp4, hc_read,
-                       hc_expand,     sinkhorn,        pool,      route,   attend,    index_best,
-                       select,        &training};
+constexpr dsv4::Isa isa = named(DSV4_ISA_NAME, false);
+#if DSV4_PAIRS && !DSV4_TILES
+extern const dsv4::Isa isa_fma;
+constexpr dsv4::Isa isa_fma = named("avx512_fma", true);
+#endif
 
 }  // namespace DSV4_ISA

@@ -1,5 +1,6 @@
 #include "isas.h"
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 
@@ -22,6 +23,9 @@ namespace dsv4 {
 DSV4_DECLARE(amx)
 #endif
 DSV4_DECLARE(avx512_bf16)
+namespace avx512_bf16 {
+extern const Isa isa_fma;
+}
 DSV4_DECLARE(avx512)
 DSV4_DECLARE(avx2)
 #elif defined(__aarch64__)
@@ -41,7 +45,7 @@ const Isa* const ISAS[] = {
 #if DSV4_HAS_AMX
     &amx::isa,
 #endif
-    &avx512_bf16::isa, &avx512::isa, &avx2::isa,
+    &avx512_bf16::isa_fma, &avx512_bf16::isa, &avx512::isa, &avx2::isa,
 #elif defined(__aarch64__)
     &neon::isa,
 #endif
@@ -73,7 +77,7 @@ bool has(const Isa* isa) {
 #if DSV4_HAS_AMX
   if (name == "amx") return bf16 && has_tiles();
 #endif
-  if (name == "avx512_bf16") return bf16;
+  if (name == "avx512_bf16" || name == "avx512_fma") return bf16;
   if (name == "avx512") return avx512;
   if (name == "avx2") return avx2;
 #endif
@@ -89,6 +93,12 @@ std::vector<std::string> dsv4::usable() {
   for (const Isa* isa : ISAS) {
     if (has(isa)) names.push_back(isa->name);
   }
+#if defined(__x86_64__)
+  // Intel's cores take two cycles for a vector of pairs (VDPBF16PS) and half a one for float32.
+  if (!__builtin_cpu_is("intel")) {
+    std::stable_partition(names.begin(), names.end(), [](auto& x) { return x != "avx512_fma"; });
+  }
+#endif
   return names;
 }
 

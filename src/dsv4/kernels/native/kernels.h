@@ -25,7 +25,8 @@ struct Rows {
   bool is_bf16;
 };
 
-constexpr int64_t FEW = 32;  // rows of activations that are multiplied while a weight is read
+// Rows of activations that are multiplied while a weight is read, as pairs and as float32.
+constexpr int64_t FEW = 32, FEW_WIDE = 8;
 
 // Arranged activations times rows `first` .. `first + count` of a weight.
 // Row i of the result is written to out + i * out_stride, and is that of activation pick[i], or
@@ -42,6 +43,11 @@ struct Product {
   void* out;
   int64_t out_stride;
   bool out_bf16;
+  bool x_is_bf16;  // what x holds, however it is arranged
+
+  // Exact products may be scaled when they are summed.
+  bool wide() const { return x_is_bf16 && !pairs && weight->format != Format::f32; }
+  int64_t few() const { return wide() ? FEW_WIDE : FEW; }
 };
 
 constexpr int64_t TILE_COLUMNS = 128, TILE_ROWS = 512;  // at most of a Product of packed rows
@@ -170,7 +176,7 @@ struct Attention {
   void* out;
   int64_t heads, width_of_head, earlier, width, start, ratio, k;
   float scale;
-  bool is_bf16;
+  bool is_bf16, pairs;  // pairs: bfloat16 is multiplied as such, and not as float32
 };
 
 constexpr int64_t TILE = 32;      // keys at once
@@ -199,7 +205,8 @@ inline int64_t tiled_attention_space(const Attention& job, int64_t queries, int6
 // The same without, for queries that see at most so many keys.
 inline int64_t attention_space(const Attention& job, int64_t queries, int64_t heads, int64_t keys) {
   return 8 * (job.k + 8) + unpacked_rows(job) * (2 * job.width_of_head + 8) +
-         4 * queries * heads * (job.width_of_head + keys + TILE);
+         4 * queries * heads * (job.width_of_head + keys + TILE) +
+         4 * (HEADS + 4) * job.width_of_head;
 }
 
 constexpr int64_t MAX_INDEX_WIDTH = 256;  // of a key
@@ -247,7 +254,8 @@ constexpr int64_t MAX_STREAMS = 8;
 // The kernels of one instruction set. All give the same bits, but for those that pack.
 struct Isa {
   const char* name;
-  bool has_pairs;  // multiplies bfloat16 in hardware: bfloat16 activations stay pairs
+  bool has_pairs;   // multiplies bfloat16 in hardware: bfloat16 activations stay pairs
+  bool slow_pairs;  // but float32 twice as fast: they do not
   Arrange* arrange;
   Pack* pack;  // null: pairs are multiplied as they are arranged
   Multiply* multiply;

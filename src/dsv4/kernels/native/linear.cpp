@@ -17,7 +17,7 @@ int64_t columns_of(const Product& product, int threads) {
   if (product.group && product.rows > 4 * GROUP) {
     return std::clamp<int64_t>(product.count / (4 * threads) / 32 * 32, 32, TILE_COLUMNS);
   }
-  if (!product.group && product.rows > FEW) return 32;
+  if (!product.group && product.rows > product.few()) return 32;
   static constexpr int64_t EIGHTHS[] = {4, 8, 16, 32};  // bits of an input
   const int64_t bytes = product.weight->inputs * EIGHTHS[(int)product.weight->format] / 8;
   const int64_t least = product.group ? GROUP : 4;
@@ -91,7 +91,8 @@ Array<uint8_t> packed_rows(const Isa* isa, std::vector<Product>& products, int t
 }  // namespace
 
 bool as_pairs(bool x_is_bf16, Format format) {
-  return x_is_bf16 && current()->has_pairs && format != Format::f32;
+  const Isa* isa = current();
+  return x_is_bf16 && isa->has_pairs && !isa->slow_pairs && format != Format::f32;
 }
 
 void arrange_rows(const Rows& x, int64_t inputs, Format format, bool pairs, uint8_t* to,
@@ -142,7 +143,7 @@ void linear(const Rows& x, const Weight& weight, int groups, void* out, bool out
     arrange_rows(part, weight.inputs, weight.format, pairs, mine, threads);
     void* to = static_cast<char*>(out) + g * columns * (out_bf16 ? 2 : 4);
     products.push_back({&weight, g * columns, columns, mine, bytes, pairs, 0, nullptr, x.count,
-                        to, weight.rows, out_bf16});
+                        to, weight.rows, out_bf16, x.is_bf16});
   }
   run(std::move(products), threads);
 }

@@ -128,8 +128,8 @@ inline void few(const Product& job, int64_t column, int64_t row) {
     for (int n = 0; n < COLUMNS; n++) {
       rows[n].fetch(later.at);
 #if DSV4_PAIRS
-      if constexpr (Kind::VECTORS == Pairs::VECTORS) {
-        rows[n].template dot<ROWS>(i, x, acc[n]);
+      if constexpr (Kind::SCALED_LATE) {
+        rows[n].template dot<Kind, ROWS>(i, x, acc[n]);
         continue;
       }
 #endif
@@ -243,7 +243,7 @@ void many_rows(const Product& job, int64_t first_row, int64_t rows, uint8_t* wor
 
 template <class Kind, class Row>
 void by_rows(const Product& job, uint8_t* workspace) {
-  if (job.rows <= dsv4::FEW) {
+  if (job.rows <= job.few()) {
     int64_t column = job.first, end = job.first + job.count;
     for (; column + 4 <= end; column += 4) few_rows<Kind, Row, 4>(job, column);
     for (; column < end; column++) few_rows<Kind, Row, 1>(job, column);
@@ -291,6 +291,7 @@ void multiply(const Product& job, uint8_t* workspace) {
   }
 #elif DSV4_PAIRS
   if (job.pairs) return by_format<Pairs>(job, workspace);
+  if (job.wide()) return by_format<Wide>(job, workspace);
 #endif
   if (job.weight->format == Format::f32) return by_rows<Singles, F32Row>(job, workspace);
   by_format<Singles>(job, workspace);

@@ -84,12 +84,25 @@ inline u32x16 scaled(u32x16 pairs, u16x32 shift) {
   return (u32x16)(words + (shift & (u16x32)((words & 0x7FFF) != 0)));
 }
 
+// acc[m] += scale times the products of a step with the arranged activations x[m].
+template <class Kind, int ROWS>
+inline void add_scaled(const u32x16* w, f32x16 scale, int64_t i, const uint8_t* const* x,
+                       f32x16* acc) {
+  for (int m = 0; m < ROWS; m++) {
+    f32x16 part = {};
+    for (int v = 0; v < Kind::VECTORS; v++) {
+      part = Kind::add(part, load<u32x16>(x[m] + (i * Kind::VECTORS + v) * 64), w[v]);
+    }
+    acc[m] = fma(part, scale, acc[m]);
+  }
+}
+
 // Every row type has
 //   start(weight, row)      begin to read a row
 //   step(i)                 inputs 128 i .. 128 i + 127, with their scale
 //   rest(i, inputs)         the same where only the first `inputs` of them exist; zeros follow
 // and, with PAIRS,
-//   dot<ROWS>(i, x, acc)    acc[m] += the products of step i with the arranged activations x[m]
+//   dot<Kind, ROWS>(i, x, acc)  acc[m] += the products of step i with the arranged activations x[m]
 // where a step's products are summed first, and then added to acc. To multiply that sum by the
 // scale is the same as to multiply the weights by it, as long as nothing over- or underflows. With
 // DSV4_TILES,
@@ -181,7 +194,7 @@ struct Fp4Row {
     return _mm512_broadcast_i64x4(once);
   }
 
-  template <int ROWS>
+  template <class Kind, int ROWS>
   void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
     const __m512i spread = _mm512_set_epi8(
         3, -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 2, -1, -1, -1, 2, -1, -1, -1, 2,
@@ -189,15 +202,20 @@ struct Fp4Row {
         -1, -1, -1, 0, -1, -1, -1, 0, -1, -1, -1, 0, -1, -1, -1);
     __m512i bytes = _mm512_set1_epi32(load<int32_t>(scales + 4 * i));
     f32x16 scale = (f32x16)_mm512_srli_epi32(_mm512_shuffle_epi8(bytes, spread), 1);
-    u16x32 four = load<u16x32>(codes + 64 * i);
-    u32x16 w[4] = {values(four), values(four >> 4), values(four >> 8), values(four >> 12)};
-    for (int m = 0; m < ROWS; m++) {
-      f32x16 part = {};
-      for (int v = 0; v < 4; v++) {
-        part = dot_pairs(part, load<u32x16>(x[m] + 256 * i + 64 * v), w[v]);
+    u32x16 w[Kind::VECTORS];
+    if constexpr (Kind::VECTORS == 8) {  // four bits look up a float32: one step, where words take two
+      const __m512 table = _mm512_setr_ps(0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3,
+                                          -4, -6);
+      const u32x16 eight = load<u32x16>(codes + 64 * i);
+      for (int v = 0; v < 4; v++) {  // odd words, then even ones
+        w[2 * v] = (u32x16)_mm512_permutexvar_ps((__m512i)(eight >> (16 + 4 * v)), table);
+        w[2 * v + 1] = (u32x16)_mm512_permutexvar_ps((__m512i)(eight >> 4 * v), table);
       }
-      acc[m] = fma(part, scale, acc[m]);
+    } else {
+      const u16x32 four = load<u16x32>(codes + 64 * i);
+      for (int v = 0; v < 4; v++) w[v] = values(four >> 4 * v);
     }
+    add_scaled<Kind, ROWS>(w, scale, i, x, acc);
   }
 #endif
 
@@ -323,17 +341,12 @@ struct Fp8Row {
     return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
   }
 
-  template <int ROWS>
+  template <class Kind, int ROWS>
   void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
-    f32x16 scale = (f32x16)_mm512_set1_epi32(exponent(i) << 23);
-    Step w = values(codes + 128 * i);
-    for (int m = 0; m < ROWS; m++) {
-      f32x16 part = {};
-      for (int v = 0; v < 4; v++) {
-        part = dot_pairs(part, load<u32x16>(x[m] + 256 * i + 64 * v), w.v[v]);
-      }
-      acc[m] = fma(part, scale, acc[m]);
-    }
+    const f32x16 scale = (f32x16)_mm512_set1_epi32(exponent(i) << 23);
+    u32x16 w[Kind::VECTORS];
+    Kind::spread(values(codes + 128 * i), w);
+    add_scaled<Kind, ROWS>(w, scale, i, x, acc);
   }
 #endif
 
@@ -395,16 +408,11 @@ struct Bf16Row {
   }
 
 #if DSV4_PAIRS
-  template <int ROWS>
+  template <class Kind, int ROWS>
   void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
-    for (int m = 0; m < ROWS; m++) {
-      f32x16 part = {};
-      for (int v = 0; v < 4; v++) {
-        int64_t at = 256 * i + 64 * v;
-        part = dot_pairs(part, load<u32x16>(x[m] + at), load<u32x16>(values + at));
-      }
-      acc[m] = acc[m] + part;
-    }
+    u32x16 w[Kind::VECTORS];
+    Kind::spread(step(i), w);
+    add_scaled<Kind, ROWS>(w, splat(1.0f), i, x, acc);
   }
 #endif
 
@@ -436,9 +444,11 @@ struct F32Row {
 
 // ---------------------------------------------------------------- a step as vectors of one kind
 
-// A step is VECTORS vectors; `add` adds the products of one to a sum.
+// A step is VECTORS vectors; `add` adds the products of one to a sum. SCALED_LATE: exact products,
+// so their sums may be scaled in place of the weights.
 struct Pairs {  // bfloat16 activations, where the hardware multiplies them
   static constexpr int VECTORS = 4;
+  static constexpr bool SCALED_LATE = true;
 #if DSV4_PAIRS
   static f32x16 add(f32x16 sum, u32x16 x, u32x16 w) { return dot_pairs(sum, x, w); }
 #endif
@@ -449,12 +459,17 @@ struct Pairs {  // bfloat16 activations, where the hardware multiplies them
 
 struct Singles {  // float32 activations, or bfloat16 ones widened; sums in the order of Pairs
   static constexpr int VECTORS = 8;
+  static constexpr bool SCALED_LATE = false;
   static f32x16 add(f32x16 sum, u32x16 x, u32x16 w) { return fma((f32x16)x, (f32x16)w, sum); }
   static void spread(const Step& w, u32x16* out) {
     for (int v = 0; v < 4; v++) {
       out[2 * v] = (u32x16)odd(w.v[v]), out[2 * v + 1] = (u32x16)even(w.v[v]);
     }
   }
+};
+
+struct Wide : Singles {  // bfloat16 activations as float32
+  static constexpr bool SCALED_LATE = true;
 };
 
 template <class Kind, class Row>

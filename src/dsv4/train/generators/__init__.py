@@ -17,7 +17,7 @@ from .knowledge import knowledge
 from .needles import key_value, multi_needle, recall
 from .problems import dates, units, word_problem
 from .structured import json_convert, json_extract, json_nested
-from .sums import addition, arithmetic, number_facts, times_table
+from .sums import addition, arithmetic, number_facts, subtraction, times_table
 from .talk import dialogue
 from .tools import tool_call
 from .words import letters, sorting
@@ -27,6 +27,7 @@ TASKS: Mapping[str, Callable[[Random, Split], Document]] = {
     "number_facts": number_facts,
     "times_table": times_table,
     "addition": addition,
+    "subtraction": subtraction,
     "word_problem": word_problem,
     "units": units,
     "dates": dates,

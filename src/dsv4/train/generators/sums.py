@@ -1,4 +1,4 @@
-"""Sums and differences: worked steps, the one-digit facts they are made of, four-digit sums;
+"""Sums and differences: worked steps, the one-digit facts they are made of, many without steps;
 and one-digit products."""
 
 from __future__ import annotations
@@ -168,23 +168,48 @@ def addition(
 
     Without thinking there are many, as practice needs: in turn, or all in one question.
     """
+    return _practice(rng, split, "+", digits, thinking, turns)
+
+
+def subtraction(
+    rng: Random,
+    split: Split = "train",
+    *,
+    digits: int | None = None,
+    thinking: bool | None = None,
+    turns: int | None = None,
+) -> Document:
+    """Differences, half of them below zero, mostly of two digits; practised as in ``addition``."""
+    return _practice(rng, split, "-", digits, thinking, turns)
+
+
+def _practice(
+    rng: Random, split: Split, op: str, digits: int | None, thinking: bool | None, turns: int | None
+) -> Document:
     thinking = rng.random() < 0.3 if thinking is None else thinking
     count = turns or (1 if thinking else rng.randint(4, 20))
-    top = digits or (4 if rng.random() < 0.7 else rng.randint(2, 3))
+    usual, others = (4, (2, 3)) if op == "+" else (2, (3, 4))
+    top = digits or (usual if rng.random() < 0.7 else rng.randint(*others))
     low = 10 ** (top - 1)
 
     def sample() -> tuple[int, int]:
         return rng.randrange(low, 10 * low), rng.randrange(low if digits else 0, 10 * low)
 
-    pairs = [draw(split, sample, lambda p: pair_key(*p)) for _ in range(count)]
-    replies = [f"{a} + {b} = {a + b}." for a, b in pairs]
+    def ordered() -> tuple[int, int]:
+        a, b = draw(split, sample, lambda p: pair_key(*p))
+        return (b, a) if op == "-" and rng.random() < 0.5 else (a, b)
+
+    pairs = [ordered() for _ in range(count)]
+    values = [a + b if op == "+" else a - b for a, b in pairs]
+    replies = [f"{a} {op} {b} = {value}." for (a, b), value in zip(pairs, values, strict=True)]
     messages = system(rng, 0.05)
     if turns is None and not thinking and rng.random() < 0.5:
-        asked = " ".join(f"{a} + {b} = ?" for a, b in pairs)
+        asked = " ".join(f"{a} {op} {b} = ?" for a, b in pairs)
         messages += [user(asked), assistant(" ".join(replies))]
     else:
         for (a, b), reply in zip(pairs, replies, strict=True):
-            steps = worked_steps(a, "+", b) if thinking else None
-            messages += [user(rng.choice(ADD).format(a=a, b=b)), assistant(reply, steps)]
-    answer, facts = str(sum(pairs[-1])), tuple(pair_key(*pair) for pair in pairs)
-    return finish(rng, "addition", messages, thinking, answer, facts)
+            steps = worked_steps(a, op, b) if thinking else None
+            asked = rng.choice(ADD if op == "+" else SUBTRACT).format(a=a, b=b)
+            messages += [user(asked), assistant(reply, steps)]
+    name, facts = "addition" if op == "+" else "subtraction", tuple(pair_key(*p) for p in pairs)
+    return finish(rng, name, messages, thinking, str(values[-1]), facts)
