@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Injected:
             raise KeyboardInterrupt
         total, parts, loads = self.losses(*args)
         self.used[step] = given
-        if step == SPIKE and given is None:
+        # two in a row, unless the first is not finite
+        if given is None and (step == SPIKE or (step == SPIKE - 1 and isfinite(self.spike))):
             parts["loss"] = self.spike
         return total, parts, loads
 
@@ -131,6 +133,15 @@ def test_the_rule() -> None:
         assert not watch.is_spike(100.0), "too little is known yet"
     assert watch.is_spike(float("inf")) and watch.is_spike(float("nan"))
     watch.add(1.2)
+    assert watch.limit() == pytest.approx(1.0 + 4 * 0.1)
+    assert not watch.is_spike(1.41), "one alone is a hard batch"
+    watch.add(1.45)
+    assert watch.limit() == pytest.approx(1.1 + 4 * 0.1)
+    watch.add(1.6)
+    assert watch.limit() == pytest.approx(1.2 + 4 * 0.25)
+    watch = SpikeWatch(window=5, factor=4.0)
+    for loss in (1.0, 1.1, 0.9, 1.0, 1.9):
+        watch.add(loss)
     assert watch.limit() == pytest.approx(1.0 + 4 * 0.1)
     assert watch.is_spike(1.41) and not watch.is_spike(1.39) and not watch.is_spike(0.1)
     constant = SpikeWatch(window=2, factor=4.0)
