@@ -136,6 +136,7 @@ alignas(64) constexpr Fp4Tables FP4_TABLES;
 struct Fp4Row {
   static constexpr int BITS = 4;
   const uint8_t *codes, *scales;
+  const uint8_t* last;  // step of the whole weight: nothing may be read behind it
 
   __attribute__((always_inline)) void fetch(int64_t at) const {
     prefetch(codes + at);
@@ -145,6 +146,7 @@ struct Fp4Row {
   void start(const Weight& w, int64_t row) {
     codes = w.data + row * (w.inputs / 2);
     scales = w.scale + row * (w.inputs / 32);
+    last = w.data + w.rows * (w.inputs / 2) - STEP / 2;
   }
 
   Step step(int64_t i) const { return unpack(codes + 64 * i, scales + 4 * i); }
@@ -206,10 +208,15 @@ struct Fp4Row {
     if constexpr (Kind::VECTORS == 8) {  // four bits look up a float32: one step, where words take two
       const __m512 table = _mm512_setr_ps(0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3,
                                           -4, -6);
-      const u32x16 eight = load<u32x16>(codes + 64 * i);
-      for (int v = 0; v < 4; v++) {  // odd words, then even ones
-        w[2 * v] = (u32x16)_mm512_permutexvar_ps((__m512i)(eight >> (16 + 4 * v)), table);
-        w[2 * v + 1] = (u32x16)_mm512_permutexvar_ps((__m512i)(eight >> 4 * v), table);
+      const uint8_t* at = codes + 64 * i;
+      uint8_t padded[STEP / 2 + 3];
+      if (at == last) at = static_cast<uint8_t*>(std::memcpy(padded, at, STEP / 2));
+      // What is above the four bits does not count, so to begin a byte later is to shift by eight.
+      for (int v = 0; v < 4; v++) {
+        const u32x16 odd = load<u32x16>(at + 2 + v / 2), even = load<u32x16>(at + v / 2);
+        const int shift = v % 2 * 4;
+        w[2 * v] = (u32x16)_mm512_permutexvar_ps((__m512i)(odd >> shift), table);
+        w[2 * v + 1] = (u32x16)_mm512_permutexvar_ps((__m512i)(even >> shift), table);
       }
     } else {
       const u16x32 four = load<u16x32>(codes + 64 * i);
