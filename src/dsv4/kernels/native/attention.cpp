@@ -36,7 +36,7 @@ inline f32x16 dots(const char* const* x, const char* const* keys, int64_t bytes)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         acc[4 * h + i] = add_products<PAIRS>(acc[4 * h + i], load<u32x16>(x[h] + at),
-                                            load<u32x16>(keys[i] + at));
+                                             load<u32x16>(keys[i] + at));
       }
     }
   }
@@ -115,7 +115,9 @@ inline void weigh(const float* weights, int64_t room, const char* const* keys, i
   for (; channel + 64 <= width; channel += 64) {
     weigh<BF16, PAIRS, HEADS, 2>(weights, room, keys, count, channel, sums, width);
   }
-  if (channel < width) weigh<BF16, PAIRS, HEADS, 1>(weights, room, keys, count, channel, sums, width);
+  if (channel < width) {
+    weigh<BF16, PAIRS, HEADS, 1>(weights, room, keys, count, channel, sums, width);
+  }
 }
 
 template <bool BF16, bool PAIRS>
@@ -210,8 +212,8 @@ inline void attend_as(const Attention& job, int64_t query, int64_t queries, int6
   auto add = [&](int64_t q, int64_t i, const char* const* keys, int64_t some) {
     for (int64_t h = 0; h < heads; h += 4) {
       const float* weights = row_of(q, h) + (PAIRS ? i / 2 : i);
-      weigh<BF16, PAIRS>((int)std::min<int64_t>(heads - h, 4), weights, room, keys, (some + 1) / 2 * 2,
-                  sums_of + (q * heads + h) * width, width);
+      weigh<BF16, PAIRS>((int)std::min<int64_t>(heads - h, 4), weights, room, keys,
+                         (some + 1) / 2 * 2, sums_of + (q * heads + h) * width, width);
     }
   };
   if (all) {
@@ -247,7 +249,9 @@ void attend(const Attention& job, int64_t query, int64_t queries, int64_t head, 
   if (job.is_bf16) return TiledAttention(job, query, queries, head, heads, space).run();
 #else
 #if DSV4_PAIRS
-  if (job.is_bf16 && job.pairs) return attend_as<true, true>(job, query, queries, head, heads, space);
+  if (job.is_bf16 && job.pairs) {
+    return attend_as<true, true>(job, query, queries, head, heads, space);
+  }
 #endif
   if (job.is_bf16) return attend_as<true, false>(job, query, queries, head, heads, space);
 #endif

@@ -255,7 +255,7 @@ constexpr int64_t MAX_STREAMS = 8;
 struct Isa {
   const char* name;
   bool has_pairs;   // multiplies bfloat16 in hardware: bfloat16 activations stay pairs
-  bool slow_pairs;  // but float32 twice as fast: they do not
+  bool slow_pairs;  // but is faster with float32: they become that
   Arrange* arrange;
   Pack* pack;  // null: pairs are multiplied as they are arranged
   Multiply* multiply;
@@ -274,6 +274,8 @@ struct Isa {
   IndexBest* index_best;
   Select* select;
   const struct Training* training;
+
+  bool multiplies_pairs() const { return has_pairs && !slow_pairs; }
 };
 
 inline int64_t arranged_bytes(int64_t inputs, bool pairs) {

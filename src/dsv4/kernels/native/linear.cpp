@@ -91,8 +91,7 @@ Array<uint8_t> packed_rows(const Isa* isa, std::vector<Product>& products, int t
 }  // namespace
 
 bool as_pairs(bool x_is_bf16, Format format) {
-  const Isa* isa = current();
-  return x_is_bf16 && isa->has_pairs && !isa->slow_pairs && format != Format::f32;
+  return x_is_bf16 && current()->multiplies_pairs() && format != Format::f32;
 }
 
 void arrange_rows(const Rows& x, int64_t inputs, Format format, bool pairs, uint8_t* to,

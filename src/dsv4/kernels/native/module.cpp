@@ -138,7 +138,7 @@ void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_
   Attention job{at<void>(q),   at<void>(window), table_of(rows), kept,  at<int64_t>(chosen),
                 at<float>(sink), at<void>(out),  heads,          width_of_head, earlier,
                 width,         start,            ratio,          k,     scale,
-                is_bf16,       current()->has_pairs && !current()->slow_pairs};
+                is_bf16,       current()->multiplies_pairs()};
   const int64_t seen = !job.rows.pieces ? 0 : chosen ? k : (start + queries) / ratio;
   const Isa* isa = current();
   const bool tiles = isa->pack && is_bf16;

@@ -211,7 +211,8 @@ void attention() {
       std::vector<uint16_t> out(queries * heads * dim);
       Attention job{q.data(), window.data(), {pieces, 0, 40, bytes}, packs ? kept : 0,
                     chooses ? chosen.data() : nullptr, sink.data(), out.data(), heads, dim, 127,
-                    128, 4 * rows - queries, 4, chooses ? k : 0, 0.044f, true};
+                    128, 4 * rows - queries, 4, chooses ? k : 0, 0.044f, true,
+                    isa->multiplies_pairs()};
       auto space = make_array<uint8_t>(std::max(attention_space(job, 1, heads, 128 + rows),
                                                 tiled_attention_space(job, 1, heads)));
       for (int64_t i = 0; i < queries; i++) isa->attend(job, i, 1, 0, heads, space.get());
