@@ -521,6 +521,21 @@ def test_a_model_that_knows_titles_gives_one(context: BrowserContext) -> None:
         tab.finished()
 
 
+def test_who_turns_the_wheel_is_not_taken_back_to_the_end(tab: Tab) -> None:
+    tab.chat.model.script = "line\n\n" * 200
+    tab.chat.model.pause = 0.002
+    page = tab.open().page
+    page.select_option("#effort", "off")
+    tab.send("Go on")
+    scroller = "document.getElementById('scroller')"
+    eventually(lambda: page.evaluate(f"{scroller}.scrollTop") > 100)
+    # the page hears of the wheel before anything has moved; the text grows on
+    turn = f"{scroller}.dispatchEvent(new WheelEvent('wheel', {{ deltaY: -100 }}))"
+    at = page.evaluate(f"{turn}, {scroller}.scrollTop")
+    tab.finished()
+    assert page.evaluate(f"{scroller}.scrollTop") == at
+
+
 def test_the_thread_follows_the_answer_unless_one_reads_above(tab: Tab) -> None:
     tab.chat.model.script = "line\n\n" * 200
     tab.chat.model.pause = 0.002
@@ -533,13 +548,9 @@ def test_the_thread_follows_the_answer_unless_one_reads_above(tab: Tab) -> None:
     eventually(lambda: page.evaluate(scrolled) > 100)
     eventually(lambda: page.evaluate(below) < 80)
     page.mouse.move(700, 300)
-
-    def up() -> bool:  # a browser may take one turn of the wheel only a part of the way
-        page.mouse.wheel(0, -100_000)
-        return bool(page.evaluate(scrolled) == 0)
-
-    eventually(up)
+    page.mouse.wheel(0, -100_000)
     page.locator("#to-end").wait_for()
+    eventually(lambda: page.evaluate(scrolled) == 0)
     tab.finished()
     assert page.evaluate(scrolled) == 0
     page.locator("#to-end").click()

@@ -8,6 +8,7 @@ chosen greedily.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import os
 import socket
@@ -164,6 +165,7 @@ class LlamaCpp:
         self._shape = 0, 0
         self._tokens: list[int] = []
         self._http = httpx.Client()
+        atexit.register(self.close)  # the server is a process of its own, and would stay
 
     def load(self) -> None:
         self._serve(1, 4096)

@@ -205,7 +205,7 @@ struct Fp4Row {
     __m512i bytes = _mm512_set1_epi32(load<int32_t>(scales + 4 * i));
     f32x16 scale = (f32x16)_mm512_srli_epi32(_mm512_shuffle_epi8(bytes, spread), 1);
     u32x16 w[Kind::VECTORS];
-    if constexpr (Kind::VECTORS == 8) {  // four bits look up a float32: one step, where words take two
+    if constexpr (Kind::VECTORS == 8) {  // a code looks up a float32: one step; words take two
       const __m512 table = _mm512_setr_ps(0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3,
                                           -4, -6);
       const uint8_t* at = codes + 64 * i;

@@ -52,11 +52,21 @@ class Page {
     byId("settings").addEventListener("click", () => this.settings());
     byId("to-end").addEventListener("click", () => this.toEnd(true));
     const scroller = byId("scroller");
+    let top = 0;
     scroller.addEventListener("scroll", () => {
-      const left = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-      this.stick = left < NEAR;
+      const now = scroller.scrollTop;
+      // toEnd's own moves say nothing of the reader, and the text may have grown since
+      if (now !== this.end) {
+        if (scroller.scrollHeight - now - scroller.clientHeight < NEAR) this.stick = true;
+        else if (now < top) this.stick = false;
+      }
+      top = now;
       byId("to-end").hidden = this.stick;
     });
+    // known before the move itself, which the next move to the end would undo
+    scroller.addEventListener("wheel", (event) => {
+      if (event.deltaY < 0 && scroller.scrollTop > 0) this.stick = false;
+    }, { passive: true });
     addEventListener("hashchange", () => this.fromAddress());
     addEventListener("keydown", (event) => this.onKey(event));
     narrow.addEventListener("change", () => this.toggleSidebar(!narrow.matches, false));
@@ -186,6 +196,7 @@ class Page {
     byId("to-end").hidden = true;
     const scroller = byId("scroller");
     scroller.scrollTo({ top: scroller.scrollHeight, behavior: smooth ? "smooth" : "instant" });
+    this.end = scroller.scrollTop;
   }
 
   // Something of an answer changed; shown with the next frame, however many tokens came until then.

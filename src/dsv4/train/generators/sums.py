@@ -171,20 +171,18 @@ def addition(
     return _practice(rng, split, "+", digits, thinking, turns)
 
 
-def subtraction(
-    rng: Random,
-    split: Split = "train",
-    *,
-    digits: int | None = None,
-    thinking: bool | None = None,
-    turns: int | None = None,
-) -> Document:
+def subtraction(rng: Random, split: Split = "train") -> Document:
     """Differences, half of them below zero, mostly of two digits; practised as in ``addition``."""
-    return _practice(rng, split, "-", digits, thinking, turns)
+    return _practice(rng, split, "-")
 
 
 def _practice(
-    rng: Random, split: Split, op: str, digits: int | None, thinking: bool | None, turns: int | None
+    rng: Random,
+    split: Split,
+    op: str,
+    digits: int | None = None,
+    thinking: bool | None = None,
+    turns: int | None = None,
 ) -> Document:
     thinking = rng.random() < 0.3 if thinking is None else thinking
     count = turns or (1 if thinking else rng.randint(4, 20))
