@@ -17,7 +17,7 @@ import pytest
 
 # The child opens its terminal again to make it the controlling one, so that Ctrl-C works.
 PROGRAM = """
-import os, sys
+import os, signal, sys
 if os.isatty(0):
     os.open(os.ttyname(0), os.O_RDWR)
 from scripted_models import ScriptedModel, small_tokenizer
@@ -37,6 +37,7 @@ model = ScriptedModel(small_tokenizer())
 model.script, model.pause = answer, 0.002
 backend = LocalBackend(model, context_length=65536)
 Chat(backend, sampling=SamplingParams(seed=1), think="high").run()
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # insist() types on until it reads that this has left
 backend.close()
 print("left")
 """
