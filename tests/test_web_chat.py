@@ -10,7 +10,7 @@ import pytest
 from agents import call
 from browser import Chat, Tab, browser, chat, context, eventually, running_chat, says, tab
 from live_server import Server
-from playwright.sync_api import Browser, BrowserContext, Route
+from playwright.sync_api import Browser, BrowserContext, Page, Route
 from scripted_models import one_torch_thread
 
 from dsv4.api import load
@@ -521,14 +521,20 @@ def test_a_model_that_knows_titles_gives_one(context: BrowserContext) -> None:
         tab.finished()
 
 
-def test_who_turns_the_wheel_is_not_taken_back_to_the_end(tab: Tab) -> None:
+def long_answer(tab: Tab) -> Page:
+    """A page on which an answer of many lines has begun to grow, and is scrolled along with it."""
     tab.chat.model.script = "line\n\n" * 200
     tab.chat.model.pause = 0.002
     page = tab.open().page
     page.select_option("#effort", "off")
     tab.send("Go on")
+    eventually(lambda: page.evaluate("document.getElementById('scroller').scrollTop") > 100)
+    return page
+
+
+def test_who_turns_the_wheel_is_not_taken_back_to_the_end(tab: Tab) -> None:
+    page = long_answer(tab)
     scroller = "document.getElementById('scroller')"
-    eventually(lambda: page.evaluate(f"{scroller}.scrollTop") > 100)
     # the page hears of the wheel before anything has moved; the text grows on
     turn = f"{scroller}.dispatchEvent(new WheelEvent('wheel', {{ deltaY: -100 }}))"
     at = page.evaluate(f"{turn}, {scroller}.scrollTop")
@@ -537,15 +543,10 @@ def test_who_turns_the_wheel_is_not_taken_back_to_the_end(tab: Tab) -> None:
 
 
 def test_the_thread_follows_the_answer_unless_one_reads_above(tab: Tab) -> None:
-    tab.chat.model.script = "line\n\n" * 200
-    tab.chat.model.pause = 0.002
-    page = tab.open().page
-    page.select_option("#effort", "off")
-    tab.send("Go on")
+    page = long_answer(tab)
     below = "(() => { const s = document.getElementById('scroller');"
     below += " return s.scrollHeight - s.scrollTop - s.clientHeight; })()"
     scrolled = "document.getElementById('scroller').scrollTop"
-    eventually(lambda: page.evaluate(scrolled) > 100)
     eventually(lambda: page.evaluate(below) < 80)
     page.mouse.move(700, 300)
     page.mouse.wheel(0, -100_000)
