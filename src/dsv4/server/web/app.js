@@ -63,10 +63,11 @@ class Page {
       top = now;
       byId("to-end").hidden = this.stick;
     });
-    // known before the move itself, which the next move to the end would undo
+    // Not passive: the browser asks before it moves, so that no move to the end comes after that and
+    // undoes it.
     scroller.addEventListener("wheel", (event) => {
       if (event.deltaY < 0 && scroller.scrollTop > 0) this.stick = false;
-    }, { passive: true });
+    }, { passive: false });
     addEventListener("hashchange", () => this.fromAddress());
     addEventListener("keydown", (event) => this.onKey(event));
     narrow.addEventListener("change", () => this.toggleSidebar(!narrow.matches, false));
