@@ -17,6 +17,7 @@ from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS, TASKS
 from dsv4.engine.session import Part
 from dsv4.model import FLOAT32, Continued, Transformer
 from dsv4.tokenizer import Tokenizer
+from dsv4.train.initial import init_weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +44,7 @@ def tiny_model(tokenizer: Tokenizer) -> Model:
         max_position_embeddings=2048,
     )
     net = Transformer(config)
-    net.init_weights(seed=1, std=0.03)
+    init_weights(net, seed=1, std=0.03)
     return Model(net, FLOAT32, "v4-tiny", tokenizer)
 
 

@@ -14,6 +14,7 @@ from dsv4 import kernels
 from dsv4.model import FLOAT32, Transformer
 from dsv4.train import ablations
 from dsv4.train.ablations import questions
+from dsv4.train.initial import init_weights
 from dsv4.train.launch import train_app
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "ablations"
@@ -119,7 +120,7 @@ def test_without_the_constraint_a_new_model_is_what_it_was() -> None:
     """Only what is learned differs: the mixing starts as the identity in both."""
     config = next(q for q in questions(SHIPPED) if q.name == "residual").variants[0].recipe.config()
     net = Transformer(config)
-    net.init_weights(0, 0.02)
+    init_weights(net, 0, 0.02)
     ids = torch.randint(config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
     tables = kernels.hc_read, kernels.sinkhorn
     with torch.no_grad():

@@ -17,6 +17,7 @@ from dsv4 import kernels, quant
 from dsv4.config import V4Config
 from dsv4.kernels import reference
 from dsv4.model import FLOAT64, TRAIN_QAT, Noted, Transformer, fp4_rotated
+from dsv4.train.initial import init_weights
 from dsv4.train.losses import Objective, learned_gates, losses, routes
 
 LENGTHS = [1, 70, 2, 41, 3]
@@ -25,7 +26,7 @@ DOUBLE = Objective(dtype=torch.float64)
 
 def network(seed: int = 0) -> Transformer:
     net = Transformer(CONFIG)
-    net.init_weights(seed, std=0.2)
+    init_weights(net, seed, std=0.2)
     return net.double()
 
 
@@ -108,7 +109,7 @@ def test_each_stage_trains_what_it_should(attention: str, qat: bool) -> None:
         net = Transformer(replace(V4Config.preset("nano"), vocab_size=64, index_topk=8))
     else:
         net = Transformer(CONFIG)
-    net.init_weights(std=0.2)
+    init_weights(net, std=0.2)
     objective = Objective(attention=attention, qat=qat)
     lengths = [*LENGTHS, 130]
     total, parts, _ = losses(net, *batch(lengths), lengths, objective)
@@ -175,7 +176,7 @@ def recall(q: Tensor, keys: Tensor, weights: Tensor, *attention: Tensor) -> floa
 
 def test_warmup_teaches_the_indexer_where_attention_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Transformer(replace(CONFIG, num_hidden_layers=1, compress_ratios=(4, 0), index_n_heads=4))
-    net.init_weights(1)
+    init_weights(net, 1)
     attention = net.layers[0].attn
     with torch.no_grad():  # attention that is sharp
         for norm in (attention.q_norm, attention.kv_norm, attention.compressor.norm):

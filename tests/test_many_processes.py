@@ -144,10 +144,11 @@ from dsv4.model import Transformer
 from dsv4.train import distributed
 from dsv4.train.distributed import Ranks
 from dsv4.train.optim import MuonAdamW, OptimSettings
+from dsv4.train.initial import init_weights
 distributed.BUCKET = 1 << 14  # many travel alone: a rank has nothing to send or to get
 with Ranks({experts}) as ranks:
     net = Transformer(V4Config.preset("nano"))
-    net.init_weights()
+    init_weights(net)
     held = ranks.divide(net)
     state = MuonAdamW(held.items(), OptimSettings()).state
     owned = [name for name, p in held.items() if p.requires_grad]

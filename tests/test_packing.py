@@ -13,6 +13,7 @@ import dsv4
 from dsv4.config import V4Config
 from dsv4.model import FLOAT32, FLOAT64, Numerics, Transformer
 from dsv4.packing import Packing, padded_length
+from dsv4.train.initial import init_weights
 
 CONFIG = V4Config(
     vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=4,
@@ -44,7 +45,7 @@ def gradients(net: Transformer, logits: Tensor, ahead: Tensor) -> dict[str, Tens
 
 def check(lengths: list[int], seed: int = 0) -> None:
     net = Transformer(CONFIG)
-    net.init_weights(seed, std=0.2)
+    init_weights(net, seed, std=0.2)
     ids = torch.randint(64, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
 
     def both(nx: Numerics) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -35,6 +35,7 @@ from dsv4.planner import (
     weight_bytes,
 )
 from dsv4.synth import synthesize
+from dsv4.train.initial import init_weights
 from dsv4.train.losses import Objective, losses
 from dsv4.train.optim import MuonAdamW, OptimSettings
 
@@ -49,7 +50,7 @@ TINY = V4Config(
 @pytest.fixture(scope="module")
 def net() -> Transformer:
     net = Transformer(TINY)
-    net.init_weights(seed=0)
+    init_weights(net, seed=0)
     return net
 
 

@@ -16,6 +16,7 @@ import dsv4
 from dsv4 import quant
 from dsv4.errors import TrainingError
 from dsv4.model import TRAIN_QAT, Transformer
+from dsv4.train.initial import init_weights
 from dsv4.train.loop import Run
 from dsv4.train.optim import FAST, MuonAdamW, OptimSettings, orthogonalize, uses_muon
 from dsv4.train.recipes import Recipe, Stage
@@ -162,7 +163,7 @@ def test_what_has_no_gradient_is_left_alone() -> None:
 
 def test_every_parameter_has_one_optimizer() -> None:
     net = Transformer(TINY.config())
-    net.init_weights()
+    init_weights(net)
     optim = MuonAdamW(net.named_parameters(), OptimSettings())
     for name, p in net.named_parameters():
         assert (name + ".v" in optim.state) == (p.requires_grad and not uses_muon(name, p)), name

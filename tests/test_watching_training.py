@@ -16,6 +16,7 @@ import dsv4
 from dsv4.config import V4Config
 from dsv4.model import FLOAT32, Transformer
 from dsv4.train.data import Batch
+from dsv4.train.initial import init_weights
 from dsv4.train.plots import course, plot
 from dsv4.train.recipes import REPORT, Recipe, changes
 from dsv4.train.watch import Averages, group_of, probe
@@ -92,7 +93,7 @@ def test_every_parameter_is_in_a_group_a_plot_can_name() -> None:
 def test_the_probe_sees_mixing_and_drafts() -> None:
     recipe = Recipe(model=SHAPE)
     net = Transformer(recipe.config())
-    net.init_weights()
+    init_weights(net)
     g = torch.Generator().manual_seed(0)
     lengths = (9, 30, 2, 700)
     n = sum(lengths)

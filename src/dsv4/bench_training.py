@@ -35,6 +35,7 @@ from .engine.memory import forget_peak, peak_bytes
 from .errors import ConfigError
 from .planner import training_bytes, training_flops, training_peak_bytes
 from .synth import resize
+from .train.initial import init_weights
 
 # Small models of every part of V4, without MTP, which transformers does not train.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -162,7 +163,7 @@ def _ours(config: V4Config, ids: torch.Tensor, recompute: bool) -> Callable[[], 
 
     memory.reuse(KEPT)
     net = Transformer(config)
-    net.init_weights(0)
+    init_weights(net, 0)
     objective = Objective(mtp_weight=0.0, recompute=recompute)
     trained = {n: p for n, p in net.named_parameters() if p.requires_grad and objective.trains(n)}
     optim = MuonAdamW(trained.items(), OptimSettings())

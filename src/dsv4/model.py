@@ -12,7 +12,7 @@ What is unusual here, in the order it appears:
   - MTPBlock: one more block that predicts the token after the next.
 
 Module and parameter names are those of the official checkpoints. Parameters are made on the meta
-device; ``load_weights`` gives them the stored tensors, ``init_weights`` float32 masters. Sources:
+device; ``load_weights`` gives them the stored tensors, ``train.initial`` float32 masters. Sources:
 report sections 2.1-2.4, the published inference code; letters in shapes: ``kernels/reference.py``.
 """
 
@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -60,6 +61,7 @@ FLOAT32 = Numerics("float32", torch.float32)
 FLOAT64 = Numerics("float64", torch.float64)  # to check gradients; weights in float64 too
 TRAIN = Numerics("train", torch.bfloat16)
 TRAIN_QAT = Numerics("train-qat", torch.bfloat16, qat=True)
+FEW = 16  # tokens of a pass that is recorded, at most
 KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
 NUMERICS = {n.name: n for n in (OFFICIAL, FLOAT32)}
 
@@ -110,6 +112,7 @@ class Pass:
     start: int  # position of the first new token
     states: Sequence[AttentionState] | None = None  # one per layer; None: no past, nothing kept
     parts: Sequence[Pass] = ()  # ids [1, N] are the new tokens of several timelines
+    tapes: kernels.Tapes | None = None  # on which steps of passes of as many tokens may be
     # training only:
     packing: Packing | None = None  # ids [1, N] are samples, each seen alone
     dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
@@ -138,6 +141,16 @@ class Pass:
         if self.packing is None:
             return self.rotation(compressed, self.start, self.ids.shape[1])
         return self.rotation(compressed, 0, self.packing.longest)[self.packing.positions]
+
+    def by_token(
+        self, step: Callable[..., tuple[Tensor, ...]], *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``step(self, *given)``, which may use nothing else of its tokens and mix none of them.
+        Results are good until the next pass; of ``given`` nothing is changed."""
+        if self.tapes is None:
+            return step(self, *given)
+        key = self.nx, self.ids.shape[1], self.longest // 4 <= self.config.index_topk
+        return self.tapes.run(key, step, partial(step, self), given)
 
     def state(self, layer: int) -> AttentionState | None:
         """What that layer remembers of the past."""
@@ -344,13 +357,16 @@ class Indexer(nn.Module):
     def __init__(self, c: V4Config) -> None:
         super().__init__()
         self.heads, self.dim, self.topk = c.index_n_heads, c.index_head_dim, c.index_topk
+        self.scale = self.dim**-0.5 * self.heads**-0.5
         self.wq_b = Linear(c.q_lora_rank, self.heads * self.dim, "fp8")
         self.weights_proj = Linear(c.hidden_size, self.heads)
         self.compressor = Compressor(c, 4, self.dim, rotate=True)
 
-    def project(self, x: Tensor, q_latent: Tensor, run: Pass) -> tuple[Tensor, ...]:
+    def project(
+        self, x: Tensor, q_latent: Tensor, turn: Tensor, run: Pass
+    ) -> tuple[Tensor, ...]:
         """Of each token: the compressor's two inputs and, unless all entries fit in the top-k,
-        queries ``[B, T, H, D]`` and weights of the heads ``[B, T, H]``.
+        queries ``[B, T, H, D]`` and, before scaling, weights of the heads ``[B, T, H]``.
 
         No gradient goes from the indexer to the layers before it."""
         x, q_latent = x.detach(), q_latent.detach()
@@ -358,9 +374,8 @@ class Indexer(nn.Module):
         if run.longest // 4 <= self.topk and not run.trains_indexers:
             return pooled
         q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
-        q = fp4_rotated(kernels.rope(q, run.turn(True).unsqueeze(-3)), run.nx)
-        weights = self.weights_proj(x, run.nx) * (self.dim**-0.5 * self.heads**-0.5)
-        return *pooled, q, weights
+        q = fp4_rotated(kernels.rope(q, turn.unsqueeze(-3)), run.nx)
+        return *pooled, q, self.weights_proj(x, run.nx)
 
     def choose(self, keys: Rows, query: Sequence[Tensor], run: Pass) -> Tensor | None:
         """Entries to attend to, ``[B, T, k]``; None while all visible ones fit in the top-k."""
@@ -395,9 +410,10 @@ class Attention(nn.Module):
             "ratio": ratio, "width": c.sliding_window, "scale": c.head_dim**-0.5
         }
 
-    def forward(self, x: Tensor, run: Pass, layer: int) -> Tensor:
+    def project(self, x: Tensor, turn: Tensor, run: Pass) -> tuple[Tensor, ...]:
+        """Of each token ``x [B, T, d]``, all that others or itself will look at: its queries
+        ``[B, T, H, D]``, its entry ``[B, T, D]``, and what compressor and indexer project."""
         c, nx = self.c, run.nx
-        turn = run.turn(self.ratio > 0)
         xr = self.wq_a.rounded(x, nx)
         latent = self.q_norm(self.wq_a(xr, nx))
         latent_r = self.wq_b.rounded(latent, nx)
@@ -410,7 +426,11 @@ class Attention(nn.Module):
             tokens += self.compressor.project(x, nx)
         if self.indexer is not None and not (run.dense and not run.trains_indexers):
             with run.indexing():
-                tokens += self.indexer.project(x, latent_r, run)
+                tokens += self.indexer.project(x, latent_r, turn, run)
+        return tuple(tokens)
+
+    def look(self, tokens: Sequence[Tensor], run: Pass, layer: int) -> Tensor:
+        """All that looks across tokens, which ``project`` gave: outputs ``[B, T, H, D]``."""
         losses: Sequence[Tensor] = ()
         if run.parts:
             lengths = [part.ids.shape[1] for part in run.parts]
@@ -424,6 +444,11 @@ class Attention(nn.Module):
             out, losses = self.attend_packed(tokens, run, run.packing)
         if run.noted is not None:
             run.noted.divergences += [loss.mean() for loss in losses]
+        return out
+
+    def output(self, out: Tensor, turn: Tensor, run: Pass) -> Tensor:
+        """What the heads' outputs ``[B, T, H, D]`` add up to, ``[B, T, d]``."""
+        c, nx = self.c, run.nx
         out = kernels.rope(out, turn.unsqueeze(-3), inverse=True)
         grouped = kernels.grouped_linear(
             out.flatten(-2).unflatten(-1, (c.o_groups, -1)), *self.wo_a.stored(nx), nx.dtype
@@ -434,9 +459,8 @@ class Attention(nn.Module):
     def attend(
         self, tokens: Sequence[Tensor], run: Pass, state: AttentionState | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """All that looks across tokens. ``tokens``: of each token its queries ``[B, T, H, D]``,
-        entry ``[B, T, D]``, and what compressor and indexer project. Returns the heads' outputs
-        ``[B, T, H, D]`` and, where it is trained, the indexer's loss ``[B, T]``."""
+        """``look`` within one timeline; also, where it is trained, the indexer's loss ``[B, T]``.
+        """
         q, kv, *projected = tokens
         window = kv if state is None else state.window(kv)
         rows, chosen, losses = self.visible(q, window, projected, run, state)
@@ -472,11 +496,12 @@ class Attention(nn.Module):
             return rows, None, []
         with run.indexing():
             keys = self.indexer.compressor(*projected[2:4], run, state)
-        chosen = self.indexer.choose(keys, projected[4:], run)
+        query = [*projected[4:5], *(w * self.indexer.scale for w in projected[5:])]
+        chosen = self.indexer.choose(keys, query, run)
         if not run.trains_indexers:
             return rows, chosen, []
         assert isinstance(keys, Tensor) and isinstance(rows, Tensor)
-        index_q, weights = projected[4:]
+        index_q, weights = query
         sight = q, window, rows, chosen, self.attn_sink
         return rows, chosen, [kernels.index_loss(index_q, keys, weights, *sight, **self.how)]
 
@@ -503,13 +528,16 @@ class Gate(nn.Module):
             )
         self.register_parameter("tid2eid", table)
 
-    def forward(self, x: Tensor, ids: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
+    def given(self, run: Pass) -> tuple[Tensor, ...]:
+        """Experts ``[N, K]`` that do not depend on scores, if there are any."""
+        if self.tid2eid is not None:
+            return (self.tid2eid[run.ids.flatten()],)
+        return () if run.routes is None else (run.routes[self],)
+
+    def forward(self, x: Tensor, run: Pass, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """Experts ``[N, K]`` and weights ``[N, K]`` (float32) of rows ``x [N, d]``."""
         c = self.c
         logits = kernels.linear(x, self.weight, None, torch.promote_types(x.dtype, torch.float32))
-        given = run.routes[self] if run.routes is not None and self.tid2eid is None else None
-        if self.tid2eid is not None:
-            given = self.tid2eid[ids]
         scores, chosen, weights = kernels.route(
             logits, self.bias, given, c.num_experts_per_tok, c.norm_topk_prob,
             c.routed_scaling_factor,
@@ -577,9 +605,10 @@ class MoE(nn.Module):
                 self._frozen[nx] = found
         return found
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
+    def forward(self, x: Tensor, run: Pass, given: Tensor | None = None) -> Tensor:
+        """``x [B, T, d]`` -> the same; ``given``: see ``Gate.given``."""
         flat = x.flatten(0, 1)
-        ids, weights = self.gate(flat, run.ids.flatten(), run)
+        ids, weights = self.gate(flat, run, given)
         xr = self.shared_experts.w1.rounded(flat, run.nx)  # all or no experts are quantised
         quantised = run.nx.official and self.shared_experts.w1.scale is not None
         how = self.limit, quantised, run.nx.dtype
@@ -590,8 +619,7 @@ class MoE(nn.Module):
         shared: Tensor = self.shared_experts(xr, run.nx)
         if self.source is not None:
             y = self.source.routed(xr, ids, weights, *how)
-        y = y + wide(shared)
-        return y.to(run.nx.dtype).view_as(x)
+        return kernels.add(y, shared, run.nx.dtype).view_as(x)
 
 
 # ---------------------------------------------------------------- blocks
@@ -614,26 +642,38 @@ class Block(nn.Module):
             self.register_parameter(f"hc_{site}_base", _parameter(mixes))
             self.register_parameter(f"hc_{site}_scale", _parameter(3))
 
-    def site(
-        self, name: str, f: Callable[[Tensor], Tensor], streams: Tensor, run: Pass
-    ) -> Tensor:
-        """Read a mix of the streams, apply ``f``, write the result back into all of them."""
+    def read(self, site: str, streams: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """A mix of the streams, and how what is made of it is written back into all of them."""
         c = self.c
-        fn, scale, base = (getattr(self, f"hc_{name}_{p}") for p in ("fn", "scale", "base"))
+        fn, scale, base = (getattr(self, f"hc_{site}_{p}") for p in ("fn", "scale", "base"))
         x, post, comb = kernels.hc_read(
             streams, fn, scale, base, c.hc_eps, c.rms_norm_eps, run.nx.dtype
         )
-        comb = kernels.sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
-        return kernels.hc_expand(f(x), streams, post, comb)
+        return x, post, kernels.sinkhorn(comb, c.hc_sinkhorn_iters, c.hc_eps)
+
+    def before(self, run: Pass, streams: Tensor, turn: Tensor) -> tuple[Tensor, ...]:
+        """Of each token, what attention is about, and then how its output is written back."""
+        x, post, comb = self.read("attn", streams, run)
+        return post, comb, *self.attn.project(self.attn_norm(x), turn, run)
+
+    def after(
+        self, run: Pass, out: Tensor, turn: Tensor, streams: Tensor, post: Tensor, comb: Tensor,
+        given: Tensor | None = None,
+    ) -> tuple[Tensor]:
+        """Of each token, the streams with attention's output, and then the experts', in them."""
+        streams = kernels.hc_expand(self.attn.output(out, turn, run), streams, post, comb)
+        x, post, comb = self.read("ffn", streams, run)
+        y = self.ffn(self.ffn_norm(x), run, given)
+        return (kernels.hc_expand(y, streams, post, comb),)
 
     def forward(self, streams: Tensor, run: Pass, layer: int) -> Tensor:
         """Streams ``[B, T, h, d]`` -> the same. ``layer``: which of the pass's states is its."""
         if run.recompute:
             return self._recomputed(streams, run, layer)
-        streams = self.site(
-            "attn", lambda x: self.attn(self.attn_norm(x), run, layer), streams, run
-        )
-        return self.site("ffn", lambda x: self.ffn(self.ffn_norm(x), run), streams, run)
+        turn, given = run.turn(self.attn.ratio > 0), self.ffn.gate.given(run)
+        post, comb, *tokens = run.by_token(self.before, streams, turn)
+        out = self.attn.look(tokens, run, layer)
+        return run.by_token(self.after, out, turn, streams, post, comb, *given)[0]
 
     def _recomputed(self, streams: Tensor, run: Pass, layer: int) -> Tensor:
         """``forward`` that keeps its input alone, and is done again for the gradient."""
@@ -733,6 +773,7 @@ class Transformer(_Collapsing):
         self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.mtp_layers))
         # the context of a pass over ids, where experts have a source
         self.reading: Callable[[Tensor], AbstractContextManager[None]] | None = None
+        self.tapes = kernels.Tapes()
 
     # ------------------------------------------------------------ forward
 
@@ -763,11 +804,16 @@ class Transformer(_Collapsing):
         the row as it is; only attention takes it apart. With the native kernels a timeline's
         result does not depend on the others, bit for bit.
         """
-        parts = [Pass(self.config, nx, torch.tensor([t.ids]), t.start, t.states) for t in timelines]
+        few = sum(len(t.ids) for t in timelines) <= FEW and self.reading is None
+        tapes = self.tapes if few and kernels.NATIVE else None
+        parts = [
+            Pass(self.config, nx, torch.tensor([t.ids]), t.start, t.states, tapes=tapes)
+            for t in timelines
+        ]
         if len(parts) == 1:
             return parts[0]
         ids = torch.cat([part.ids for part in parts], 1)
-        return Pass(self.config, nx, ids, 0, parts=parts)
+        return Pass(self.config, nx, ids, 0, parts=parts, tapes=tapes)
 
     def trunk(self, run: Pass, keep: list[Tensor] | None = None) -> Tensor:
         """Streams ``[B, T, h, d]`` after the last block; ``keep`` collects those after each."""
@@ -778,7 +824,7 @@ class Transformer(_Collapsing):
                 streams = layer(streams, run, i)
                 if keep is not None:
                     keep.append(streams)
-        return streams
+        return streams if run.tapes is None else streams.clone()
 
     def logits(self, streams: Tensor, run: Pass, targets: Tensor | None = None) -> Tensor:
         """Next-token logits ``[..., V]`` (float32) of streams; or of ``targets [N]`` the loss."""
@@ -840,49 +886,4 @@ class Transformer(_Collapsing):
         for module in modules.values():
             if isinstance(module, MoE):
                 module._frozen.clear()
-
-    def init_weights(self, seed: int = 0, std: float | None = None) -> None:
-        """Float32 masters for training, ready to learn; ``seed`` decides everything.
-
-        Matrices are normal with ``std`` (V3 used 0.006), or, by default, with ``fan_in ** -0.5``,
-        except that blocks write nothing into the streams at first and the embedding has std 1,
-        which is what small models want. Norms are one, biases and sinks zero. mHC starts as a
-        plain residual: streams read evenly, written with weight one, and hardly mixed.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        h = self.config.hc_mult
-        for name, parameter in list(self.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            module = self.get_submodule(owner)
-            value = torch.zeros(parameter.shape)
-            if leaf == "tid2eid":
-                value = hash_routing(self.config)
-            elif leaf.endswith("_scale"):
-                value.fill_(0.01)
-            elif leaf == "hc_head_base":
-                value.fill_(-math.log(h - 1) if h > 1 else 4.0)
-            elif leaf.endswith("_base"):
-                value[:h] = -math.log(h - 1) if h > 1 else 4.0
-                value[2 * h :] = (4 * torch.eye(h)).flatten()
-            elif isinstance(module, Norm):
-                value.fill_(1.0)
-            elif std is None and isinstance(module, Embedding):
-                value.normal_(0, 1, generator=generator)
-            elif std is None and (isinstance(module, Head) or owner.endswith((".wo_b", ".w2"))):
-                pass
-            elif parameter.dim() == 2 and leaf != "ape":
-                value.normal_(0, std or parameter.shape[1] ** -0.5, generator=generator)
-            trainable = leaf not in ("tid2eid", "bias")
-            setattr(module, leaf, nn.Parameter(value, requires_grad=trainable))
-
-
-def hash_routing(config: V4Config) -> Tensor:
-    """A frozen table token id -> experts ``[V, K]`` (int64), distinct in a row and balanced."""
-    token = torch.arange(config.vocab_size)[:, None]
-    experts, k = config.n_routed_experts, config.num_experts_per_tok
-    generator = torch.Generator().manual_seed(0x5EED)
-    order = torch.randperm(experts, generator=generator)
-    stride = 1 + torch.randint(experts, (config.vocab_size, 1), generator=generator) % max(
-        1, (experts - 1) // max(1, k - 1)
-    )
-    return order[(token + torch.arange(k) * stride) % experts]
+        self.tapes.clear()

@@ -133,7 +133,7 @@ class LayerState:
         self._recent: dict[str, Tensor] = {}  # what the last pass saw of each
 
     def window(self, kv: Tensor) -> Tensor:
-        both = kv if self._window is None else torch.cat((self._window, kv), 1)
+        both = torch.cat((self._window, kv), 1) if self._window is not None else kv.clone()
         self._recent["window"], self._window = both, both[:, -self._keep :]
         return both
 

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from .reference import (
     Mix,
     Stored,
+    add,
     attention,
     checksum,
     compress,
@@ -42,6 +43,7 @@ from .reference import (
     swiglu,
 )
 from .rows import PagedRows, RowFormat, Rows
+from .tapes import Tapes
 
 
 def _choose() -> str | None:
@@ -95,6 +97,8 @@ __all__ = [
     "RowFormat",
     "Rows",
     "Stored",
+    "Tapes",
+    "add",
     "attention",
     "bits",
     "checksum",

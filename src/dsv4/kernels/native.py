@@ -25,7 +25,7 @@ from .reference import Matrices, Stored
 from .rows import PagedRows, Rows
 from .threads import threads
 
-if not hasattr(_native, "checksum"):
+if not hasattr(_native, "Tape"):
     raise ConfigError(
         "the native kernels were built from older sources than this checkout's",
         hint="make setup (or build them as CONTRIBUTING.md says); DSV4_KERNELS=reference goes on "
@@ -35,7 +35,7 @@ FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.floa
 KERNELS = (
     "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
     "hadamard_fp4", "hc_read", "hc_head", "hc_expand", "sinkhorn", "pool",
-    "route", "swiglu", "attention", "index_topk", "checksum",
+    "route", "swiglu", "add", "attention", "index_topk", "checksum",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
 INDEXED = 1 << 16  # heads times keys that are worth a thread: 0.1 ms
@@ -149,6 +149,20 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = N
     out = torch.empty_like(gate, dtype=dtype)
     _native.swiglu(
         gate.data_ptr(), up.data_ptr(), gate.dtype == BF16, gate.numel() // width, width, limit,
+        out.data_ptr(), dtype == BF16, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``reference.add``."""
+    width = x.shape[-1]
+    if width % 16 or x.shape != y.shape or not _plain(x, y):
+        return reference.add(x, y, dtype)
+    x, y = x.contiguous(), y.contiguous()
+    out = torch.empty_like(x, dtype=dtype)
+    _native.add(
+        x.data_ptr(), x.dtype == BF16, y.data_ptr(), y.dtype == BF16, x.numel() // width, width,
         out.data_ptr(), dtype == BF16, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -350,11 +364,11 @@ def hc_head(
     if not _streams_fit(streams, fn) or any(t.dtype != F32 for t in (fn, scale, base)):
         return reference.hc_head(streams, fn, scale, base, eps, norm_eps, dtype)
     *lead, h, d = streams.shape
-    streams, scales = streams.contiguous(), scale.expand(3).contiguous()
+    streams = streams.contiguous()
     out = torch.empty(*lead, d, dtype=dtype)
     _native.hc_read(
         streams.data_ptr(), streams.dtype == BF16, out.numel() // d, h, d, fn.data_ptr(),
-        scales.data_ptr(), base.data_ptr(), eps, norm_eps, out.data_ptr(), dtype == BF16, 0, 0,
+        scale.data_ptr(), base.data_ptr(), eps, norm_eps, out.data_ptr(), dtype == BF16, 0, 0,
         torch.get_num_threads(),
     )  # fmt: skip
     return out

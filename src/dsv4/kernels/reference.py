@@ -764,6 +764,11 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = N
     return (F.silu(gate) * up).to(dtype or gate.dtype)
 
 
+def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x + y`` in float32 (float64 if one is), as ``dtype``."""
+    return (wide(x) + wide(y)).to(dtype)
+
+
 def routed_experts(
     x: Tensor,
     ids: Tensor,

@@ -27,6 +27,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(given)
 
 
+def most_threads() -> int:
+    """For steps that tell each other's threads of the next one without Python."""
+    return max(torch.get_num_threads(), _given)
+
+
 def threads(worth: int) -> int:
     """For a step that is worth as many as ``worth``."""
     return max(torch.get_num_threads(), min(_given, worth))

@@ -345,9 +345,9 @@ class DividedMoE(MoE):
         held = nn.ModuleDict({str(i): whole.experts[i] for i in mine})  # names stay as they are
         self.experts = cast(nn.ModuleList, held)
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
+    def forward(self, x: Tensor, run: Pass, given: Tensor | None = None) -> Tensor:
         flat = x.flatten(0, 1)
-        ids, weights = self.gate(flat, run.ids.flatten(), run)
+        ids, weights = self.gate(flat, run, given)
         to = (ids % self.n).flatten()
         order = to.argsort(stable=True)
         rows = order // ids.shape[1]

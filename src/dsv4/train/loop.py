@@ -37,6 +37,7 @@ from ..planner import training_peak_bytes
 from ..tokenizer import Tokenizer
 from .data import Batch, batches, corpus_for_tokenizer
 from .distributed import Ranks
+from .initial import init_weights
 from .losses import Objective, Shares, learned_gates, losses, routes
 from .optim import MuonAdamW, OptimSettings
 from .recipes import Recipe, changes, fingerprint
@@ -76,7 +77,7 @@ class Run:
         )
         self.tokenizer = self._tokenizer()
         self.net = Transformer(self.config)
-        self.net.init_weights(r.seed, r.init_std or None)
+        init_weights(self.net, r.seed, r.init_std or None)
         if r.weights and not self.checkpoints.steps():
             start_from(self.net, r.weights)
         for name, p in self.net.named_parameters():
@@ -485,7 +486,7 @@ class Run:
         net = self.net
         if self.ranks.size > 1:  # this rank may hold but a part; the last checkpoint is whole
             net = Transformer(self.config)
-            net.init_weights(self.recipe.seed)
+            init_weights(net, self.recipe.seed)
             whole = {f"model.{name}": t for name, t in net.state_dict().items()}
             self.checkpoints.load(self.step, whole, alone=True)
         export(net, self.folder / "parent", _float_config(self.config), self.tokenizer)

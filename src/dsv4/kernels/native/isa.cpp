@@ -17,6 +17,7 @@ dsv4::Swiglu swiglu;
 dsv4::Add add;
 dsv4::Rowwise<dsv4::Norm> norm;
 dsv4::Rowwise<dsv4::Rope> rope;
+dsv4::Rowwise<dsv4::Sum> sum_two;
 dsv4::Rowwise<dsv4::RoundFp8> round_fp8;
 dsv4::Rowwise<dsv4::RoundFp4> round_fp4;
 dsv4::Rowwise<dsv4::HcRead> hc_read;
@@ -32,8 +33,8 @@ extern const dsv4::Training training;
 
 constexpr dsv4::Isa named(const char* name, bool slow_pairs) {
   return {name,      DSV4_PAIRS != 0, slow_pairs, arrange,   pack,    multiply, swiglu, add,
-          norm,      rope,            round_fp8,  round_fp4, hc_read, hc_expand, sinkhorn, pool,
-          route,     attend,          index_best, select,    &training};
+          norm,      rope,            sum_two,    round_fp8, round_fp4, hc_read, hc_expand, sinkhorn,
+          pool,      route,           attend,     index_best, select,   &training};
 }
 
 extern const dsv4::Isa isa;

@@ -96,6 +96,13 @@ struct Rope {  // rows are [positions, heads]; the last `turned` channels are ro
   bool inverse, is_bf16;
 };
 
+struct Sum {
+  const void *x, *y;
+  void* out;
+  int64_t width;
+  bool x_bf16, y_bf16, out_bf16;
+};
+
 struct RoundFp8 {  // all but the last `keep` channels, per `block`
   const void* x;
   void* out;
@@ -263,6 +270,7 @@ struct Isa {
   Add* add;
   Rowwise<Norm>* norm;
   Rowwise<Rope>* rope;
+  Rowwise<Sum>* sum;
   Rowwise<RoundFp8>* round_fp8;
   Rowwise<RoundFp4>* round_fp4;
   Rowwise<HcRead>* hc_read;

@@ -16,6 +16,7 @@
 #include "isas.h"
 #include "linear.h"
 #include "pool.h"
+#include "tape.h"
 #include "training_module.h"
 
 namespace nb = nanobind;
@@ -243,6 +244,12 @@ std::tuple<uint64_t, uint64_t> checksum(uintptr_t data, int64_t bytes) {
   return {plain, weighted};
 }
 
+void add(uintptr_t x, bool x_bf16, uintptr_t y, bool y_bf16, int64_t rows, int64_t width,
+         uintptr_t out, bool out_bf16, int threads) {
+  Sum job{at<void>(x), at<void>(y), at<void>(out), width, x_bf16, y_bf16, out_bf16};
+  by_rows(current()->sum, job, rows, width, threads);
+}
+
 // One expert's matrices: gate, up, down as (weight, scale, format, scale_bytes, outputs, inputs).
 using Address = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t>;
 
@@ -260,6 +267,13 @@ struct Experts {
 
   void run(uintptr_t x, bool x_bf16, int64_t rows, uintptr_t ids, uintptr_t weights, int64_t k,
            float limit, bool fp8, uintptr_t out, int threads) const {
+    Recorded<run_experts>::call(this, x, x_bf16, rows, ids, weights, k, limit, fp8, out, threads);
+  }
+
+  static void run_experts(const Experts* experts, uintptr_t x, bool x_bf16, int64_t rows,
+                          uintptr_t ids, uintptr_t weights, int64_t k, float limit, bool fp8,
+                          uintptr_t out, int threads) {
+    const auto& all = experts->all;
     routed_experts(all, {at<void>(x), rows, all[0].gate.inputs, x_bf16}, at<int64_t>(ids),
                    at<float>(weights), k, limit, fp8, at<float>(out), threads);
   }
@@ -272,19 +286,20 @@ NB_MODULE(_native, m) {
   m.def("isas", usable, "Instruction sets of this machine that are compiled in, best first.");
   m.def("isa", [] { return current()->name; }, "The one in use.");
   m.def("use", use, "Use another, for all threads of the process.");
-  m.def("linear", linear_of, nb::call_guard<nb::gil_scoped_release>());
   add_training(m);
   auto release = nb::call_guard<nb::gil_scoped_release>();
-  m.def("norm", norm, release);
-  m.def("rope", rope, release);
-  m.def("fp8_round", fp8_round, release);
-  m.def("hadamard_fp4", hadamard_fp4, release);
-  m.def("hc_read", hc_read, release);
-  m.def("hc_expand", hc_expand, release);
-  m.def("sinkhorn", sinkhorn, release);
+  m.def("linear", Recorded<linear_of>::call, release);
+  m.def("norm", Recorded<norm>::call, release);
+  m.def("rope", Recorded<rope>::call, release);
+  m.def("fp8_round", Recorded<fp8_round>::call, release);
+  m.def("hadamard_fp4", Recorded<hadamard_fp4>::call, release);
+  m.def("hc_read", Recorded<hc_read>::call, release);
+  m.def("hc_expand", Recorded<hc_expand>::call, release);
+  m.def("sinkhorn", Recorded<sinkhorn>::call, release);
   m.def("pool", pool, release);
-  m.def("route", route, release);
-  m.def("swiglu", swiglu, release);
+  m.def("add", Recorded<add>::call, release);
+  m.def("route", Recorded<route>::call, release);
+  m.def("swiglu", Recorded<swiglu>::call, release);
   m.def("attention", attention, release);
   m.def("index_topk", index_topk, release);
   m.def("checksum", checksum, release);
@@ -292,4 +307,11 @@ NB_MODULE(_native, m) {
       .def(nb::init<>())
       .def("append", &Experts::append)
       .def("run", &Experts::run, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Tape>(m, "Tape")
+      .def(nb::init<>())
+      .def("input", &Tape::input)
+      .def("record", [](Tape& tape) { Tape::recording() = &tape; })
+      .def("stop", [](Tape&) { Tape::recording() = nullptr; })
+      .def_prop_ro("steps", &Tape::steps)
+      .def("run", &Tape::run, release);
 }

@@ -35,6 +35,13 @@ void add(const void* const* rows, int64_t count, bool is_bf16, int64_t width, fl
   }
 }
 
+void sum_two(const dsv4::Sum& job, int64_t begin, int64_t end) {
+  FlushSubnormals guard;
+  for (int64_t i = begin * job.width; i < end * job.width; i += LANES) {
+    put(job.out, job.out_bf16, i, get(job.x, job.x_bf16, i) + get(job.y, job.y_bf16, i));
+  }
+}
+
 // ---------------------------------------------------------------- norm, rope
 
 void norm(const dsv4::Norm& job, int64_t begin, int64_t end) {
