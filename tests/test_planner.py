@@ -202,6 +202,7 @@ def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in kernels.__all__:
         if hasattr(reference, name):
             monkeypatch.setattr(kernels, name, getattr(reference, name))
+    monkeypatch.setattr(kernels, "NATIVE", None)
 
 
 def counter() -> FlopCounterMode:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .threads import most_threads
@@ -40,10 +41,13 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            self.kept += [out] if isinstance(out, Tensor) else []
-            if func.overloadpacket.__name__ not in HARMLESS:
-                self.foreign.add(str(func))
+        made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        if func.is_view:  # also of what copies if it must, as reshape and contiguous
+            there = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+            made = [t for t in made if t.untyped_storage().data_ptr() not in there]
+        self.kept += made
+        if (made or not func.is_view) and func.overloadpacket.__name__ not in HARMLESS:
+            self.foreign.add(str(func))
         return out
 
 
@@ -89,7 +93,7 @@ class Tapes:
         if found is None:
             return step(*given)
         whole = [t if t.is_contiguous() else t.contiguous() for t in given]
-        found.tape.run([t.data_ptr() for t in whole], most_threads())
+        found.tape.run([(t.data_ptr(), t.nbytes) for t in whole], most_threads())
         return found.results
 
     def _record(
@@ -108,6 +112,8 @@ class Tapes:
                 results = step(*buffers)
         finally:
             tape.stop()
+        if not tape.whole:
+            watch.foreign.add("a kernel that is not recorded")
         kept = [*buffers, *watch.kept]
         self.foreign |= watch.foreign
         done = None if watch.foreign else _Step(tape, results, kept)

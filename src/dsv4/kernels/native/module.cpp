@@ -1,5 +1,6 @@
 // The Python module: addresses and sizes in, nothing about tensors. kernels/native.py is its user.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -254,10 +256,11 @@ void add(uintptr_t x, bool x_bf16, uintptr_t y, bool y_bf16, int64_t rows, int64
 using Address = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, int64_t>;
 
 struct Experts {
-  std::vector<Expert> all;
+  using All = std::shared_ptr<std::vector<Expert>>;  // a tape may outlive the table
+  All all = std::make_shared<std::vector<Expert>>();
 
   void append(Address gate, Address up, Address down) {
-    all.push_back({weight_of(gate), weight_of(up), weight_of(down)});
+    all->push_back({weight_of(gate), weight_of(up), weight_of(down)});
   }
 
   static Weight weight_of(const Address& a) {
@@ -267,14 +270,13 @@ struct Experts {
 
   void run(uintptr_t x, bool x_bf16, int64_t rows, uintptr_t ids, uintptr_t weights, int64_t k,
            float limit, bool fp8, uintptr_t out, int threads) const {
-    Recorded<run_experts>::call(this, x, x_bf16, rows, ids, weights, k, limit, fp8, out, threads);
+    Recorded<run_experts>::call(all, x, x_bf16, rows, ids, weights, k, limit, fp8, out, threads);
   }
 
-  static void run_experts(const Experts* experts, uintptr_t x, bool x_bf16, int64_t rows,
-                          uintptr_t ids, uintptr_t weights, int64_t k, float limit, bool fp8,
-                          uintptr_t out, int threads) {
-    const auto& all = experts->all;
-    routed_experts(all, {at<void>(x), rows, all[0].gate.inputs, x_bf16}, at<int64_t>(ids),
+  static void run_experts(All all, uintptr_t x, bool x_bf16, int64_t rows, uintptr_t ids,
+                          uintptr_t weights, int64_t k, float limit, bool fp8, uintptr_t out,
+                          int threads) {
+    routed_experts(*all, {at<void>(x), rows, (*all)[0].gate.inputs, x_bf16}, at<int64_t>(ids),
                    at<float>(weights), k, limit, fp8, at<float>(out), threads);
   }
 };
@@ -288,6 +290,7 @@ NB_MODULE(_native, m) {
   m.def("use", use, "Use another, for all threads of the process.");
   add_training(m);
   auto release = nb::call_guard<nb::gil_scoped_release>();
+  auto not_recorded = nb::call_guard<NotRecorded, nb::gil_scoped_release>();
   m.def("linear", Recorded<linear_of>::call, release);
   m.def("norm", Recorded<norm>::call, release);
   m.def("rope", Recorded<rope>::call, release);
@@ -296,13 +299,13 @@ NB_MODULE(_native, m) {
   m.def("hc_read", Recorded<hc_read>::call, release);
   m.def("hc_expand", Recorded<hc_expand>::call, release);
   m.def("sinkhorn", Recorded<sinkhorn>::call, release);
-  m.def("pool", pool, release);
+  m.def("pool", pool, not_recorded);
   m.def("add", Recorded<add>::call, release);
   m.def("route", Recorded<route>::call, release);
   m.def("swiglu", Recorded<swiglu>::call, release);
-  m.def("attention", attention, release);
-  m.def("index_topk", index_topk, release);
-  m.def("checksum", checksum, release);
+  m.def("attention", attention, not_recorded);
+  m.def("index_topk", index_topk, not_recorded);
+  m.def("checksum", checksum, not_recorded);
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<>())
       .def("append", &Experts::append)
@@ -313,5 +316,6 @@ NB_MODULE(_native, m) {
       .def("record", [](Tape& tape) { Tape::recording() = &tape; })
       .def("stop", [](Tape&) { Tape::recording() = nullptr; })
       .def_prop_ro("steps", &Tape::steps)
+      .def_prop_ro("whole", &Tape::whole)
       .def("run", &Tape::run, release);
 }

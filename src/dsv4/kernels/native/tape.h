@@ -18,14 +18,18 @@ class Tape {
   void input(uintptr_t address, int64_t bytes) { inputs_.emplace_back(address, bytes); }
   void add(std::function<void(int threads)> step) { steps_.push_back(std::move(step)); }
   int64_t steps() const { return (int64_t)steps_.size(); }
+  bool whole() const { return whole_; }  // no kernel was called that cannot be recorded
 
-  // What is at `given` goes where the inputs are; then all is done as it was, in so many threads.
-  void run(const std::vector<uintptr_t>& given, int threads) const {
-    if (given.size() != inputs_.size()) throw std::invalid_argument("other inputs than recorded");
+  // What is at `given` (address, bytes) goes where the inputs are; then all is done as it was, in so
+  // many threads.
+  void run(const std::vector<std::pair<uintptr_t, int64_t>>& given, int threads) const {
+    bool alike = given.size() == inputs_.size();
+    for (size_t i = 0; alike && i < given.size(); i++) alike = given[i].second == inputs_[i].second;
+    if (!alike) throw std::invalid_argument("other inputs than recorded");
     for (size_t i = 0; i < given.size(); i++) {
       auto [address, bytes] = inputs_[i];
-      if (given[i] == address) continue;
-      std::memcpy(reinterpret_cast<void*>(address), reinterpret_cast<void*>(given[i]), bytes);
+      if (given[i].first == address) continue;
+      std::memcpy(reinterpret_cast<void*>(address), reinterpret_cast<void*>(given[i].first), bytes);
     }
     for (const auto& step : steps_) step(threads);
   }
@@ -39,6 +43,15 @@ class Tape {
  private:
   std::vector<std::pair<uintptr_t, int64_t>> inputs_;
   std::vector<std::function<void(int)>> steps_;
+  bool whole_ = true;
+  friend struct NotRecorded;
+};
+
+// Exists while a kernel runs that no tape can hold.
+struct NotRecorded {
+  NotRecorded() {
+    if (Tape* tape = Tape::recording()) tape->whole_ = false;
+  }
 };
 
 // A kernel whose last argument is the number of threads, as one that can be recorded.

@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "linear.h"
 #include "pool.h"
+#include "tape.h"
 #include "training.h"
 
 namespace nb = nanobind;
@@ -340,7 +341,7 @@ void attend_back(uintptr_t q, uintptr_t kv, uintptr_t sink, int64_t heads, int64
 }  // namespace
 
 void add_training(nb::module_& m) {
-  auto free = nb::call_guard<nb::gil_scoped_release>();
+  auto free = nb::call_guard<NotRecorded, nb::gil_scoped_release>();
   m.def("train_hc_collapse", collapse, free);
   m.def("train_hc_dots", dots, free);
   m.def("train_hc_collapse_back", collapse_back, free);
