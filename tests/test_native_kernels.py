@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dsv4.checkpoint import save_checkpoint
 from dsv4.config import V4Config
 from dsv4.errors import ConfigError
 from dsv4.kernels import PagedRows, RowFormat, Stored, reference
-from dsv4.kernels.threads import one_thread
+from dsv4.kernels.threads import pass_of
 from dsv4.kernels.threads import threads as threads_for
 from dsv4.synth import synthesize
 
@@ -466,8 +467,8 @@ def test_attention_of_queries_that_see_the_same_rows(heads: int, start: int, rat
     close(got, wanted, 4)
 
 
-def test_long_steps_of_a_pass_with_one_thread_have_more() -> None:
-    """To the same bits."""
+def test_threads_of_a_pass_over_few_tokens() -> None:
+    """Torch has one, the kernels all, to the same bits; none stays awake afterwards."""
     heads, count, k = 4, 20_000, 32
     q = reference.hadamard_fp4(activations(heads, 128, BF16)).view(1, 1, heads, 128)
     keys = reference.hadamard_fp4(activations(count, 128, BF16, 2))[None]
@@ -478,14 +479,19 @@ def test_long_steps_of_a_pass_with_one_thread_have_more() -> None:
     for most in (1, 2, 5):
         torch.set_num_threads(most)
         try:
-            with one_thread():
-                assert torch.get_num_threads() == 1
-                assert [threads_for(n) for n in (0, 2, 9)] == [1, min(2, most), most]
+            with pass_of(1, parameters=10):
+                assert (torch.get_num_threads(), threads_for()) == (1, most)
                 found.append(native.index_topk(q, keys, weights, 4 * count - 1, 4, k))
-            assert threads_for(0) == threads_for(9) == torch.get_num_threads() == most
+            assert threads_for() == torch.get_num_threads() == most
+            with pass_of(100, parameters=10):
+                assert torch.get_num_threads() == most
         finally:
             torch.set_num_threads(here)
     assert all(torch.equal(found[0], other) for other in found[1:])
+    time.sleep(0.01)
+    before = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, BF16])

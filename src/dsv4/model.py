@@ -61,7 +61,6 @@ FLOAT32 = Numerics("float32", torch.float32)
 FLOAT64 = Numerics("float64", torch.float64)  # to check gradients; weights in float64 too
 TRAIN = Numerics("train", torch.bfloat16)
 TRAIN_QAT = Numerics("train-qat", torch.bfloat16, qat=True)
-FEW = 16  # tokens of a pass that is recorded, at most
 KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
 NUMERICS = {n.name: n for n in (OFFICIAL, FLOAT32)}
 
@@ -804,7 +803,7 @@ class Transformer(_Collapsing):
         the row as it is; only attention takes it apart. With the native kernels a timeline's
         result does not depend on the others, bit for bit.
         """
-        few = sum(len(t.ids) for t in timelines) <= FEW and self.reading is None
+        few = sum(len(t.ids) for t in timelines) <= kernels.FEW and self.reading is None
         tapes = self.tapes if few and kernels.NATIVE else None
         parts = [
             Pass(self.config, nx, torch.tensor([t.ids]), t.start, t.states, tapes=tapes)

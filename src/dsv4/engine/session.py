@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ContextLengthError, RequestError
+from ..kernels.threads import pass_of
 from ..model import Continued, Numerics, Transformer
 from . import memory
 from .disk import DiskTier
 from .kvstate import GRAIN, Block, Cut, KVState, Layout
 from .speculate import Trail
-from .threads import suitable_threads
 
 PREFILL_CHUNK = 512  # tokens in one pass
 READING_CHUNK = 2048  # where each pass reads experts from disk
@@ -71,7 +71,7 @@ class Runner:
         run = self._net.resume(
             self._nx, [Continued(p.ids, p.state.length, p.state.layers) for p in parts]
         )
-        with suitable_threads(self._size, run.ids.shape[1]):
+        with pass_of(run.ids.shape[1], self._size):
             streams, at, some = self._net.trunk(run)[0], 0, []
             for part in parts:
                 part.state.advance(len(part.ids))
@@ -96,7 +96,7 @@ class Runner:
         """
         run = self._net.resume(self._nx, timelines)
         streams = torch.cat([trail.take() for trail in trails]).unsqueeze(0)
-        with suitable_threads(self._draft_size, run.ids.shape[1]):
+        with pass_of(run.ids.shape[1], self._draft_size):
             streams = self._net.mtp_ahead(streams, run)[0]
             ends = torch.tensor([len(t.ids) for t in timelines]).cumsum(0) - 1
             return self._net.mtp_logits(streams[ends], run)

@@ -11,6 +11,7 @@ import importlib
 import os
 
 from ..errors import ConfigError
+from . import threads
 from .reference import (
     Mix,
     Stored,
@@ -44,6 +45,7 @@ from .reference import (
 )
 from .rows import PagedRows, RowFormat, Rows
 from .tapes import Tapes
+from .threads import FEW
 
 
 def _choose() -> str | None:
@@ -71,6 +73,7 @@ def _choose() -> str | None:
     training = importlib.import_module(".training", __name__)
     for module in (native, training):
         globals().update({name: getattr(module, name) for name in module.KERNELS})
+    threads.stay_awake = native.stay_awake
     isa: str = native.isa()
     return isa
 
@@ -91,6 +94,7 @@ def bits() -> str:
 
 
 __all__ = [
+    "FEW",
     "NATIVE",
     "Mix",
     "PagedRows",

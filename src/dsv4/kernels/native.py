@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..quant import E4M3, E8M0
 from . import _native, reference
+from ._native import stay_awake as stay_awake
 from .reference import Matrices, Stored
 from .rows import PagedRows, Rows
 from .threads import threads
@@ -38,7 +39,6 @@ KERNELS = (
     "route", "swiglu", "add", "attention", "index_topk", "checksum",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
-INDEXED = 1 << 16  # heads times keys that are worth a thread: 0.1 ms
 FP4 = (torch.int8, torch.uint8)  # two codes in each
 
 
@@ -113,7 +113,7 @@ def routed_experts(
     out = torch.empty(x.shape)
     table.experts.run(
         x.data_ptr(), dtype == BF16, x.shape[0], ids.data_ptr(), weights.data_ptr(), ids.shape[1],
-        limit, round_activations, out.data_ptr(), torch.get_num_threads(),
+        limit, round_activations, out.data_ptr(), threads(),
     )  # fmt: skip
     return out
 
@@ -134,7 +134,7 @@ def route(
         chosen, bias_address = chosen.contiguous(), 0
     _native.route(
         logits.data_ptr(), rows, experts, bias_address, k, normalize, scale, scores.data_ptr(),
-        chosen.data_ptr(), weights.data_ptr(), torch.get_num_threads(),
+        chosen.data_ptr(), weights.data_ptr(), threads(),
     )  # fmt: skip
     return scores, chosen, weights
 
@@ -149,7 +149,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = N
     out = torch.empty_like(gate, dtype=dtype)
     _native.swiglu(
         gate.data_ptr(), up.data_ptr(), gate.dtype == BF16, gate.numel() // width, width, limit,
-        out.data_ptr(), dtype == BF16, torch.get_num_threads(),
+        out.data_ptr(), dtype == BF16, threads(),
     )  # fmt: skip
     return out
 
@@ -163,7 +163,7 @@ def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(x, dtype=dtype)
     _native.add(
         x.data_ptr(), x.dtype == BF16, y.data_ptr(), y.dtype == BF16, x.numel() // width, width,
-        out.data_ptr(), dtype == BF16, torch.get_num_threads(),
+        out.data_ptr(), dtype == BF16, threads(),
     )  # fmt: skip
     return out
 
@@ -254,7 +254,7 @@ def _linear(
     _native.linear(
         x.data_ptr(), x.dtype == BF16, x.numel() // (inputs * groups),
         weight.data_ptr(), address, FORMATS[weight.dtype], size, outputs, inputs, groups,
-        out.data_ptr(), dtype == BF16, torch.get_num_threads(),
+        out.data_ptr(), dtype == BF16, threads(),
     )  # fmt: skip
     return out
 
@@ -281,7 +281,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     address, bf16 = (0, False) if weight is None else (weight.data_ptr(), weight.dtype == BF16)
     _native.norm(
         x.data_ptr(), x.dtype == BF16, x.numel() // width, width, address, bf16, eps,
-        out.data_ptr(), torch.get_num_threads(),
+        out.data_ptr(), threads(),
     )  # fmt: skip
     return out
 
@@ -298,7 +298,7 @@ def rope(x: Tensor, rotation: Tensor, inverse: bool = False) -> Tensor:
     out = torch.empty_like(x)
     _native.rope(
         x.data_ptr(), x.dtype == BF16, x.numel() // x.shape[-1], x.shape[-1], rotation.data_ptr(),
-        turned, heads, x.shape[1], inverse, out.data_ptr(), torch.get_num_threads(),
+        turned, heads, x.shape[1], inverse, out.data_ptr(), threads(),
     )  # fmt: skip
     return out
 
@@ -312,7 +312,7 @@ def fp8_round(x: Tensor, block: int = 128, keep: int = 0) -> Tensor:
     out = torch.empty_like(x)
     _native.fp8_round(
         x.data_ptr(), x.dtype == BF16, x.numel() // width, width, block, keep, out.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     return out
 
@@ -324,7 +324,7 @@ def hadamard_fp4(x: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     _native.hadamard_fp4(
-        x.data_ptr(), x.dtype == BF16, x.numel() // 128, out.data_ptr(), torch.get_num_threads()
+        x.data_ptr(), x.dtype == BF16, x.numel() // 128, out.data_ptr(), threads()
     )
     return out
 
@@ -351,7 +351,7 @@ def hc_read(
     _native.hc_read(
         streams.data_ptr(), streams.dtype == BF16, post.numel() // h, h, d, fn.data_ptr(),
         scale.data_ptr(), base.data_ptr(), eps, norm_eps, out.data_ptr(), dtype == BF16,
-        post.data_ptr(), comb.data_ptr(), torch.get_num_threads(),
+        post.data_ptr(), comb.data_ptr(), threads(),
     )  # fmt: skip
     return out, post, comb
 
@@ -369,7 +369,7 @@ def hc_head(
     _native.hc_read(
         streams.data_ptr(), streams.dtype == BF16, out.numel() // d, h, d, fn.data_ptr(),
         scale.data_ptr(), base.data_ptr(), eps, norm_eps, out.data_ptr(), dtype == BF16, 0, 0,
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     return out
 
@@ -384,7 +384,7 @@ def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tenso
     _native.hc_expand(
         out.data_ptr(), out.dtype == BF16, streams.data_ptr(), streams.dtype == BF16,
         post.numel() // h, h, d, post.data_ptr(), comb.data_ptr(), new.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     return new
 
@@ -398,7 +398,7 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     out = torch.empty_like(comb)
     _native.sinkhorn(
         comb.data_ptr(), comb.numel() // (h * h), h, iters, eps, out.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     return out
 
@@ -413,7 +413,7 @@ def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:
     out = torch.empty(1, blocks, width)
     _native.pool(
         kv.data_ptr(), gate.data_ptr(), blocks, kv.stride(1), ratio, width, overlap,
-        out.data_ptr(), torch.get_num_threads(),
+        out.data_ptr(), threads(),
     )  # fmt: skip
     return out
 
@@ -455,7 +455,7 @@ def attention(
             q[b].data_ptr(), dtype == BF16, queries, heads, dim, near.data_ptr(),
             near.shape[0] - queries, width, pieces, kept,
             0 if picked is None else picked.data_ptr(), 0 if picked is None else picked.shape[1],
-            sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), torch.get_num_threads(),
+            sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), threads(),
         )  # fmt: skip
         del kept_alive
     return out
@@ -497,13 +497,12 @@ def index_topk(
         return reference.index_topk(q, keys, weights, start, ratio, k)
     q, weights = q.contiguous(), weights.contiguous()
     out = torch.empty(batch, queries, k, dtype=torch.int64)
-    share = threads(heads * ((start + queries) // ratio) // INDEXED)
     for b in range(batch):
         pieces, _, kept_alive = _pieces(keys, b)
         packed = isinstance(keys, PagedRows) and keys.format.packed is not None
         _native.index_topk(
             q[b].data_ptr(), q.dtype == BF16, queries, heads, dim, pieces, packed,
-            weights[b].data_ptr(), start, ratio, k, out[b].data_ptr(), share,
+            weights[b].data_ptr(), start, ratio, k, out[b].data_ptr(), threads(),
         )  # fmt: skip
         del kept_alive
     return out

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .threads import most_threads
+from .threads import threads
 
 if TYPE_CHECKING:
     from . import _native  # only where it was built is anything recorded
@@ -93,7 +93,7 @@ class Tapes:
         if found is None:
             return step(*given)
         whole = [t if t.is_contiguous() else t.contiguous() for t in given]
-        found.tape.run([(t.data_ptr(), t.nbytes) for t in whole], most_threads())
+        found.tape.run([(t.data_ptr(), t.nbytes) for t in whole], threads())
         return found.results
 
     def _record(

@@ -1,37 +1,48 @@
-"""How many threads a kernel gets: torch's number. A pass over one token of a small model has one
-thread, because others cannot be told of its steps in less time than these take; but some of its
-steps read megabytes when the context is long, and they get more.
-"""
+"""How many threads a kernel gets: as many as torch was given (``torch.set_num_threads``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-_given = 1  # threads for long steps where torch has fewer
+FEW = 16  # tokens of a pass that is hundreds of steps of microseconds, at most
+SMALL = 100_000_000  # parameters touched per token, of a model for which torch has one thread
+
+stay_awake: Callable[[int], None] | None = None  # of the native kernels' threads
+_mine = threading.local()  # threads of the pass that this thread is in
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for all but long steps, which go on with what torch has now."""
-    global _given
-    given = torch.get_num_threads()
+def pass_of(tokens: int, parameters: int) -> Iterator[None]:
+    """A pass over ``tokens``, each of which touches so many ``parameters``.
+
+    Torch's threads cannot be told of the steps of a pass over few tokens in less time than these
+    take, so there torch has one, for what little it does; the native kernels' threads stay awake
+    from the first step to the last. Without these kernels, one or two tokens of a small model are
+    computed in one thread.
+    """
+    given = threads()
+    few = tokens <= FEW if stay_awake else tokens <= 2 and parameters < SMALL
+    if given == 1 or not few:
+        yield
+        return
+    before = getattr(_mine, "threads", 0)
     torch.set_num_threads(1)
-    _given = given
+    if stay_awake:
+        _mine.threads = given
+        stay_awake(1)
     try:
         yield
     finally:
-        _given = 1
+        if stay_awake:
+            stay_awake(-1)
+        _mine.threads = before
         torch.set_num_threads(given)
 
 
-def most_threads() -> int:
-    """For steps that tell each other's threads of the next one without Python."""
-    return max(torch.get_num_threads(), _given)
-
-
-def threads(worth: int) -> int:
-    """For a step that is worth as many as ``worth``."""
-    return max(torch.get_num_threads(), min(_given, worth))
+def threads() -> int:
+    """For a native kernel."""
+    return getattr(_mine, "threads", 0) or torch.get_num_threads()

@@ -288,6 +288,7 @@ NB_MODULE(_native, m) {
   m.def("isas", usable, "Instruction sets of this machine that are compiled in, best first.");
   m.def("isa", [] { return current()->name; }, "The one in use.");
   m.def("use", use, "Use another, for all threads of the process.");
+  m.def("stay_awake", stay_awake, "So many more passes are under way.");
   add_training(m);
   auto release = nb::call_guard<nb::gil_scoped_release>();
   auto not_recorded = nb::call_guard<NotRecorded, nb::gil_scoped_release>();

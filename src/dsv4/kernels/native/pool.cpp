@@ -19,11 +19,13 @@ void pause() {
 #endif
 }
 
+std::atomic<int> busy_callers{0};
+
 // Waits until ready() is true: looks for about ten microseconds, which is what lies between the
-// steps of one kernel, and then sleeps until told.
+// steps of one kernel, or a millisecond while there are busy callers, and then sleeps until told.
 template <class Ready>
 void wait_for(const Ready& ready, std::mutex& mutex, std::condition_variable& changed) {
-  for (int i = 0; i < 500; i++) {
+  for (int i = 0; i < (busy_callers > 0 ? 20000 : 500); i++) {
     if (ready()) return;
     pause();
   }
@@ -121,6 +123,8 @@ Pool& pool() {
 }  // namespace
 
 void out_of_memory() { throw std::bad_alloc(); }
+
+void stay_awake(int callers) { busy_callers += callers; }
 
 void parallel(int threads, int64_t tasks, Work work, void* context) {
   if (threads > tasks) threads = (int)tasks;

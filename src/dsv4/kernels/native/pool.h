@@ -20,6 +20,10 @@ void parallel(int threads, int64_t tasks, F& each) {
       threads, tasks, [](void* f, int64_t task) { (*static_cast<F*>(f))(task); }, &each);
 }
 
+// So many more callers (fewer, if negative) are about to ask for work again and again: until then
+// the threads wait awake.
+void stay_awake(int callers);
+
 struct Free {
   void operator()(void* data) const { std::free(data); }
 };
