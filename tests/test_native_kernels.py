@@ -350,6 +350,64 @@ def paged(rows: Tensor, each: int, form: RowFormat) -> PagedRows:
     return PagedRows(blocks, addresses, offset, each, len(stored), form)
 
 
+FORMATS = {
+    "entry": RowFormat(512, BF16, "entry", 64), "narrow entry": RowFormat(96, BF16, "entry", 32),
+    "key": RowFormat(128, BF16, "key"), "bf16": RowFormat(96, BF16), "f32": RowFormat(96, F32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_stored_as_the_format_says(name: str) -> None:
+    """Byte for byte, in whatever pieces they come, and nothing beside them is touched."""
+    form, each, first, count = FORMATS[name], 8, 3, 40
+    rows = activations(count, form.width, form.dtype)
+    rows[1] = 0.0
+    rows[2] *= 1e-30  # below the smallest scale
+    rows[3] *= 1e20
+    rows[4] = torch.tensor([0.25, -0.75, 1.25, 2.5, -3.5, 5.0, 6.0, -0.0]).repeat(form.width // 8)
+    rows[5, ::2] = -rows[5, ::2]
+
+    def empty() -> PagedRows:
+        blocks = [torch.full((24 + each * form.bytes + 8,), 77, dtype=torch.uint8) for _ in "123456"]
+        addresses = torch.tensor([b.data_ptr() for b in blocks])
+        return PagedRows(blocks, addresses, 24, each, first + count, form)
+
+    expected, got, apart = empty(), empty(), empty()
+    reference.store(rows, expected, first)
+    native.store(rows, got, first)
+    for a, b in [(0, 1), (1, 18), (18, count)]:
+        native.store(rows[a:b], apart, first + a)
+    for table in (got, apart):
+        assert all(torch.equal(a, b) for a, b in zip(expected.blocks, table.blocks, strict=True))
+
+
+@pytest.mark.parametrize("name", ["entry", "key"])
+def test_what_is_no_number_is_stored_as_none(name: str) -> None:
+    form = FORMATS[name]
+    rows = activations(2, form.width, BF16)
+    rows[0, 40] = torch.nan
+    rows[1, 70] = torch.inf
+    block = torch.zeros(2 * form.bytes, dtype=torch.uint8)
+    table = PagedRows([block], torch.tensor([block.data_ptr()]), 0, 2, 2, form)
+    native.store(rows, table, 0)
+    values = table.dense()[0]
+    assert values[0, 40].isnan() and values[1, 70].isnan()
+    assert values[0, 64:].isfinite().all() and values[1, :64].isfinite().all()
+
+
+@pytest.mark.parametrize("start", [0, 5, 127])
+@pytest.mark.parametrize("count", [1, 3, 50])
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_raw_rows(ratio: int, count: int, start: int) -> None:
+    kv, gate = activations(count, 96, F32)[None], activations(count, 96, F32, 2)[None]
+    bias, kept = activations(ratio, 96, F32, 3), activations(7, 192, F32, 4)[None]
+    for before in (None, kept):
+        assert torch.equal(
+            native.raw_rows(before, kv, gate, bias, start),
+            reference.raw_rows(before, kv, gate, bias, start),
+        )
+
+
 @pytest.mark.parametrize("each", [1, 4, 32])
 @pytest.mark.parametrize("packed", [True, False])
 def test_attention_over_rows_in_pieces(each: int, packed: bool) -> None:

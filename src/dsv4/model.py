@@ -78,8 +78,10 @@ class AttentionState(Protocol):
     def window(self, kv: Tensor) -> Tensor:
         """Append entries ``[B, T, D]``; return the last ``sliding_window - 1`` before, and them."""
 
-    def pending(self, which: str, raw: Tensor, ratio: int, overlap: bool) -> Tensor:
-        """Append raw compressor rows; return those that make up whole blocks now.
+    def pending(
+        self, which: str, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool
+    ) -> Tensor:
+        """Append ``kernels.raw_rows``; return those that make up whole blocks now.
 
         ``which`` is "kv" or "index". With ``overlap`` the block before comes first.
         """
@@ -309,11 +311,10 @@ class Compressor(nn.Module):
         if state is None:
             entries = kernels.compress(kv, gate, self.ape, ratio, self.overlap)
         else:
-            bias = wide(self.ape).roll(-run.start % ratio, 0)
-            bias = bias.repeat(-(-kv.shape[1] // ratio), 1)[: kv.shape[1]]
-            raw = torch.cat((wide(kv), wide(gate) + bias), -1)
-            kv, gate = state.pending(self.which, raw, ratio, self.overlap).chunk(2, -1)
-            entries = kernels.pool(kv, gate, ratio, self.overlap)
+            whole = state.pending(self.which, kv, gate, self.ape, self.overlap)
+            if whole.shape[1] == ratio * self.overlap:
+                return state.rows(self.which, whole[:, :0])
+            entries = kernels.pool(*whole.chunk(2, -1), ratio, self.overlap)
         blocks = entries.shape[1]
         entries = entries.to(nx.dtype)
         if blocks > 0:
@@ -324,9 +325,9 @@ class Compressor(nn.Module):
         return entries if state is None else state.rows(self.which, entries)
 
 
-def no_block_before(raw: Tensor, ratio: int) -> Tensor:
-    """The block before the first one: values 0, gates -inf. ``raw [B, T, 2 width]``."""
-    zero = raw.new_zeros(raw.shape[0], ratio, raw.shape[2] // 2)
+def no_block_before(kv: Tensor, ratio: int) -> Tensor:
+    """The raw rows of the block before the first one: values 0, logits -inf. ``kv [B, T, W]``."""
+    zero = wide(kv.new_zeros(kv.shape[0], ratio, kv.shape[2]))
     return torch.cat((zero, torch.full_like(zero, -torch.inf)), -1)
 
 

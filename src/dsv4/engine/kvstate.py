@@ -137,30 +137,24 @@ class LayerState:
         self._recent["window"], self._window = both, both[:, -self._keep :]
         return both
 
-    def pending(self, which: str, raw: Tensor, ratio: int, overlap: bool) -> Tensor:
-        kept = self._raw.get(which)
+    def pending(self, which: str, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool) -> Tensor:
+        ratio, kept = bias.shape[0], self._raw.get(which)
         if kept is None and overlap:
-            kept = no_block_before(raw, ratio)
-        present = raw if kept is None else torch.cat((kept, raw), 1)
+            kept = no_block_before(kv, ratio)
+        present = kernels.raw_rows(kept, kv, gate, bias, self._owner.length)
         whole = present.shape[1] // ratio * ratio
         self._recent[which] = present
         self._raw[which] = present[:, max(0, whole - self._before) :]
         return present[:, :whole]
 
     def rows(self, which: str, new: Tensor) -> PagedRows:
-        owner, table = self._owner, self._owner.layout.tables[self._layer, which]
-        ratio, size = GRAIN // table.each, table.each * table.format.bytes
-        at, end = owner.length // ratio, owner.length // ratio + new.shape[1]
-        if at < end:
-            stored, first = table.format.pack(new[0]), at
-            while at < end:
-                block, inside = divmod(at, table.each)
-                n = min(end - at, table.each - inside)
-                data = owner.blocks[block].data[table.offset : table.offset + size]
-                data.view(table.each, -1)[inside : inside + n] = stored[at - first : at - first + n]
-                at += n
-        blocks = owner.block_data()
-        return PagedRows(blocks, owner.addresses, table.offset, table.each, end, table.format)
+        owner, (offset, each, form) = self._owner, self._owner.layout.tables[self._layer, which]
+        first = owner.length * each // GRAIN
+        end = first + new.shape[1]
+        table = PagedRows(owner.block_data(), owner.addresses, offset, each, end, form)
+        if end > first:
+            kernels.store(new[0], table, first)
+        return table
 
     def cut(self, position: int) -> dict[str, Tensor]:
         """What later tokens overwrite, as it was at ``position`` in the last pass."""

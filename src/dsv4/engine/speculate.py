@@ -81,7 +81,7 @@ class Trail:
         self._window = both[:, -self._keep :]
         return both
 
-    def pending(self, which: str, raw: Tensor, ratio: int, overlap: bool) -> Tensor:
+    def pending(self, which: str, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool) -> Tensor:
         raise NotImplementedError("the MTP block has no compressor")
 
     def rows(self, which: str, new: Tensor) -> Rows:

@@ -36,11 +36,13 @@ from .reference import (
     norm_rope,
     packed_attention,
     pool,
+    raw_rows,
     rms_norm,
     rope,
     route,
     routed_experts,
     sinkhorn,
+    store,
     swiglu,
 )
 from .rows import PagedRows, RowFormat, Rows
@@ -124,10 +126,12 @@ __all__ = [
     "norm_rope",
     "packed_attention",
     "pool",
+    "raw_rows",
     "rms_norm",
     "rope",
     "route",
     "routed_experts",
     "sinkhorn",
+    "store",
     "swiglu",
 ]

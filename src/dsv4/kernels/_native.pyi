@@ -31,6 +31,14 @@ def hc_expand(
 def sinkhorn(
     comb: int, rows: int, h: int, iters: int, eps: float, out: int, threads: int, /
 ) -> None: ...
+def raw_rows(
+    kept: int, old: int, kv: int, gate: int, count: int, width: int, bias: int, ratio: int,
+    start: int, out: int, threads: int, /,
+) -> None: ...
+def store(
+    rows: int, is_bf16: bool, count: int, width: int, packed: int, kept: int, bytes: int,
+    addresses: int, offset: int, each: int, first: int, threads: int, /,
+) -> None: ...
 def pool(
     kv: int, gate: int, blocks: int, stride: int, ratio: int, width: int, overlap: bool, out: int,
     threads: int, /,

@@ -35,7 +35,7 @@ if not hasattr(_native, "Tape"):
 FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.float32: 3}
 KERNELS = (
     "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
-    "hadamard_fp4", "hc_read", "hc_head", "hc_expand", "sinkhorn", "pool",
+    "hadamard_fp4", "hc_read", "hc_head", "hc_expand", "sinkhorn", "raw_rows", "store", "pool",
     "route", "swiglu", "add", "attention", "index_topk", "checksum",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
@@ -401,6 +401,41 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
         threads(),
     )  # fmt: skip
     return out
+
+
+def raw_rows(
+    kept: Tensor | None, kv: Tensor, gate: Tensor, bias: Tensor, start: int
+) -> Tensor:
+    """See ``reference.raw_rows``."""
+    given = (kv, gate, bias) if kept is None else (kv, gate, bias, kept)
+    plain = all(t.dtype == F32 and t.is_contiguous() for t in given)
+    if kv.shape[0] != 1 or not plain or not _plain(*given):
+        return reference.raw_rows(kept, kv, gate, bias, start)
+    _, new, width = kv.shape
+    old, kept_at = (0, 0) if kept is None else (kept.shape[1], kept.data_ptr())
+    rows = torch.empty(1, old + new, 2 * width)
+    _native.raw_rows(
+        kept_at, old, kv.data_ptr(), gate.data_ptr(), new, width, bias.data_ptr(), bias.shape[0],
+        start, rows.data_ptr(), threads(),
+    )  # fmt: skip
+    return rows
+
+
+PACKED = {None: 0, "entry": 1, "key": 2}
+
+
+def store(rows: Tensor, table: PagedRows, first: int) -> None:
+    """See ``reference.store``."""
+    form = table.format
+    kind = form.dtype if form.packed is None else BF16 if form.packed == "entry" else rows.dtype
+    if rows.dtype != kind or not _plain(rows):
+        return reference.store(rows, table, first)
+    rows = rows.contiguous()
+    _native.store(
+        rows.data_ptr(), rows.dtype == BF16, len(rows), form.width, PACKED[form.packed],
+        form.kept, form.bytes, table.addresses.data_ptr(), table.offset, table.each, first,
+        threads(),
+    )  # fmt: skip
 
 
 def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import quant
 from ..packing import Packing
 from ..quant import FP8_BLOCK, dequantize, number, times_row, wide
-from .rows import Rows, dense
+from .rows import PagedRows, Rows, dense
 
 QUERY_BLOCK = 128  # queries handled together in attention and index scores
 
@@ -283,6 +283,31 @@ def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tenso
 
 
 # ---------------------------------------------------------------- compressor and indexer
+
+
+def raw_rows(
+    kept: Tensor | None, kv: Tensor, gate: Tensor, bias: Tensor, start: int
+) -> Tensor:
+    """Raw compressor rows ``[B, k + T, 2 W]``, float32: ``kept [B, k, 2 W]`` and then new ones.
+
+    A row is ``kv [B, T, W]`` beside the logits ``gate [B, T, W]``, to which the ``bias
+    [ratio, W]`` of its position in its block is added; ``start`` is the first new position.
+    """
+    ratio, count = bias.shape[0], kv.shape[1]
+    bias = wide(bias).roll(-start % ratio, 0).repeat(-(-count // ratio), 1)[:count]
+    new = torch.cat((wide(kv), wide(gate) + bias), -1)
+    return new if kept is None else torch.cat((kept, new), 1)
+
+
+def store(rows: Tensor, table: PagedRows, first: int) -> None:
+    """Write ``rows [n, width]`` into the table as it stores them, from number ``first`` on."""
+    stored, at, end, size = table.format.pack(rows), first, first + len(rows), table.format.bytes
+    while at < end:
+        block, inside = divmod(at, table.each)
+        n = min(end - at, table.each - inside)
+        piece = table.blocks[block][table.offset : table.offset + table.each * size]
+        piece.view(table.each, -1)[inside : inside + n] = stored[at - first : at - first + n]
+        at += n
 
 
 def pool(kv: Tensor, gate: Tensor, ratio: int, overlap: bool) -> Tensor:

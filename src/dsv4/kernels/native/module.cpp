@@ -18,6 +18,7 @@
 #include "isas.h"
 #include "linear.h"
 #include "pool.h"
+#include "store.h"
 #include "tape.h"
 #include "training_module.h"
 
@@ -97,6 +98,37 @@ void sinkhorn(uintptr_t comb, int64_t rows, int64_t h, int64_t iters, float eps,
               int threads) {
   Sinkhorn job{at<float>(comb), at<float>(out), h, iters, eps};
   by_rows(current()->sinkhorn, job, rows, iters * h * h, threads);
+}
+
+void raw_rows(uintptr_t kept, int64_t old, uintptr_t kv, uintptr_t gate, int64_t count,
+              int64_t width, uintptr_t bias, int64_t ratio, int64_t start, uintptr_t out,
+              int threads) {
+  auto* rows = at<float>(out);
+  if (old > 0) std::memcpy(rows, at<void>(kept), old * 2 * width * sizeof(float));
+  auto some = [&](int64_t part) {
+    for (int64_t i = part * 16; i < std::min(count, part * 16 + 16); i++) {
+      float* row = rows + (old + i) * 2 * width;
+      const float *logits = at<float>(gate) + i * width;
+      const float *added = at<float>(bias) + (start + i) % ratio * width;
+      std::memcpy(row, at<float>(kv) + i * width, width * sizeof(float));
+      for (int64_t c = 0; c < width; c++) row[width + c] = logits[c] + added[c];
+    }
+  };
+  parallel(threads, (count + 15) / 16, some);
+}
+
+void store(uintptr_t rows, bool is_bf16, int64_t count, int64_t width, int packed, int64_t kept,
+           int64_t bytes, uintptr_t addresses, int64_t offset, int64_t each, int64_t first,
+           int threads) {
+  StoredAs form{(StoredAs::Packed)packed, width, kept, bytes};
+  auto some = [&](int64_t part) {
+    for (int64_t i = part * 16; i < std::min(count, part * 16 + 16); i++) {
+      const int64_t piece = (first + i) / each, inside = (first + i) % each;
+      auto* to = at<uint8_t>(at<int64_t>(addresses)[piece] + offset) + inside * bytes;
+      store_row(at<uint8_t>(rows) + i * width * (is_bf16 ? 2 : 4), is_bf16, form, to);
+    }
+  };
+  parallel(threads, (count + 15) / 16, some);
 }
 
 void pool(uintptr_t kv, uintptr_t gate, int64_t blocks, int64_t stride, int64_t ratio,
@@ -300,6 +332,8 @@ NB_MODULE(_native, m) {
   m.def("hc_read", Recorded<hc_read>::call, release);
   m.def("hc_expand", Recorded<hc_expand>::call, release);
   m.def("sinkhorn", Recorded<sinkhorn>::call, release);
+  m.def("raw_rows", raw_rows, not_recorded);
+  m.def("store", store, not_recorded);
   m.def("pool", pool, not_recorded);
   m.def("add", Recorded<add>::call, release);
   m.def("route", Recorded<route>::call, release);
