@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t MANY = 128;       // rows of activations in one task
 constexpr int64_t GROUP = 16;       // rows that are packed side by side
-constexpr int64_t TASK = 64 << 10;  // bytes of weight in a task of few rows
+constexpr int64_t TASK = 64 << 10;  // bytes of weight in a task of few rows, and where there are
+constexpr int64_t LEAST = 8 << 10;  // not enough such tasks for all threads
 
 // Columns of a task: enough to be worth telling a thread, a multiple of what a tile holds.
 int64_t columns_of(const Product& product, int threads) {
@@ -19,9 +20,11 @@ int64_t columns_of(const Product& product, int threads) {
   }
   if (!product.group && product.rows > product.few()) return 32;
   static constexpr int64_t EIGHTHS[] = {4, 8, 16, 32};  // bits of an input
-  const int64_t bytes = product.weight->inputs * EIGHTHS[(int)product.weight->format] / 8;
+  const int64_t bytes =
+      std::max<int64_t>(1, product.weight->inputs * EIGHTHS[(int)product.weight->format] / 8);
   const int64_t least = product.group ? GROUP : 4;
-  return std::clamp<int64_t>(TASK / std::max<int64_t>(bytes, 1) / least * least, least, 1024);
+  const int64_t share = std::max(product.count / (2 * threads), LEAST / bytes);
+  return std::clamp<int64_t>(std::min(TASK / bytes, share) / least * least, least, 1024);
 }
 
 int64_t rows_of(const Product& product) { return product.group ? TILE_ROWS : MANY; }

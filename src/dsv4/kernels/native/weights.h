@@ -487,9 +487,14 @@ inline void read_step(const Row& row, int64_t i, int64_t inputs, u32x16* out) {
 
 template <>
 inline void read_step<Singles, F32Row>(const F32Row& row, int64_t i, int64_t inputs, u32x16* out) {
-  int64_t left = inputs - i * STEP;
-  if (left < STEP) std::memset(out, 0, 4 * STEP);
-  std::memcpy(out, row.values + 4 * STEP * i, 4 * (left < STEP ? left : STEP));
+  const uint8_t* from = row.values + 4 * STEP * i;
+  const int64_t left = inputs - i * STEP;
+  if (left >= STEP) {
+    for (int v = 0; v < 8; v++) out[v] = load<u32x16>(from + 64 * v);
+  } else {
+    std::memset(out, 0, 4 * STEP);
+    std::memcpy(out, from, 4 * left);
+  }
 }
 
 }  // namespace
