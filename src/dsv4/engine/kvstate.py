@@ -15,6 +15,7 @@ whatever the passes' lengths are; ``settle`` ends that and frees what it took.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,10 +67,15 @@ class Layout:
 
     def most_beside_rows(self) -> int:
         """Bytes of a timeline's window and raw rows at most."""
-        size = len(self.ratios) * (self.window - 1) * self.entry.width * self.entry.dtype.itemsize
+
+        def most(rows: int) -> int:
+            return rows + 1 + spare(rows)
+
+        entry = self.entry
+        size = len(self.ratios) * most(self.window - 1) * entry.width * entry.dtype.itemsize
         for (layer, _), table in self.tables.items():
             ratio = self.ratios[layer]
-            size += 2 * 4 * table.format.width * (ratio - 1 if ratio != 4 else 2 * (4 + 3))
+            size += 2 * 4 * table.format.width * (most(ratio - 1) if ratio != 4 else 2 * most(7))
         return size
 
 
@@ -119,6 +125,61 @@ class Cut:
         return own + (0 if self.partial is None else self.partial.data.nbytes)
 
 
+class _Tail:
+    """The newest rows ``[1, n, width]`` of one kind.
+
+    What is there never changes; a timeline adds behind its end in place unless another one, that
+    has the same rows, went on there first.
+    """
+
+    __slots__ = ("_room", "_taken", "begin", "end", "seen")
+
+    def __init__(self, rows: Tensor) -> None:
+        self._hold(rows, rows.shape[1])
+
+    def _hold(self, room: Tensor, count: int) -> None:
+        self._room, self._taken = room, [count]  # how many rows someone has: shared with forks
+        self.begin = self.seen = 0  # the first row that is kept; the first that the last pass saw
+        self.end = count
+
+    def fork(self) -> _Tail:
+        """The same rows for another timeline."""
+        return copy.copy(self)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        return self._room[:, begin:end]
+
+    def grow(self, count: int) -> Tensor:
+        """Where the next ``count`` rows are to be written; a pass begins."""
+        if self._taken[0] != self.end or self.end + count > self._room.shape[1]:
+            kept = self.rows(self.begin, self.end)
+            n = kept.shape[1]
+            self._hold(kept.new_empty(1, n + count + spare(n), kept.shape[2]), n)
+            self._room[:, :n] = kept
+        self.seen, begin, self.end = self.begin, self.end, self.end + count
+        self._taken[0] = self.end
+        return self.rows(begin, self.end)
+
+    def take_back(self, count: int) -> None:
+        self.end -= count
+        self._taken[0] = self.end  # nobody has these
+
+    def settle(self, most: int) -> None:
+        """What the last pass saw is not needed, nor room for more than ``most`` rows."""
+        if self._room.shape[1] > most:
+            self._hold(self.rows(self.begin, self.end).clone(), self.end - self.begin)
+        self.seen = self.begin
+
+    @property
+    def bytes(self) -> int:
+        return self._room.nbytes
+
+
+def spare(rows: int) -> int:
+    """More rows than so many for which there is room at most."""
+    return 8 + rows // 4
+
+
 class LayerState:
     """One attention layer's part; implements ``model.AttentionState``."""
 
@@ -128,24 +189,25 @@ class LayerState:
         ratio = owner.layout.ratios[layer]
         self._before = ratio if ratio == 4 else 0  # raw rows kept of the block that was pooled last
         self._keep = owner.layout.window - 1
-        self._window: Tensor | None = None
-        self._raw: dict[str, Tensor] = {}
-        self._recent: dict[str, Tensor] = {}  # what the last pass saw of each
+        self._tails: dict[str, _Tail] = {}  # the window and raw rows
 
     def window(self, kv: Tensor) -> Tensor:
-        both = torch.cat((self._window, kv), 1) if self._window is not None else kv.clone()
-        self._recent["window"], self._window = both, both[:, -self._keep :]
-        return both
+        tail = self._tails.get("window")
+        if tail is None:
+            tail = self._tails["window"] = _Tail(kv[:, :0])
+        tail.grow(kv.shape[1]).copy_(kv)
+        tail.begin = max(tail.begin, tail.end - self._keep)
+        return tail.rows(tail.seen, tail.end)
 
     def pending(self, which: str, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool) -> Tensor:
-        ratio, kept = bias.shape[0], self._raw.get(which)
-        if kept is None and overlap:
-            kept = no_block_before(kv, ratio)
-        present = kernels.raw_rows(kept, kv, gate, bias, self._owner.length)
-        whole = present.shape[1] // ratio * ratio
-        self._recent[which] = present
-        self._raw[which] = present[:, max(0, whole - self._before) :]
-        return present[:, :whole]
+        ratio, tail = bias.shape[0], self._tails.get(which)
+        if tail is None:
+            none = no_block_before(kv, ratio)
+            tail = self._tails[which] = _Tail(none if overlap else none[:, :0])
+        kernels.raw_rows(tail.grow(kv.shape[1]), kv, gate, bias, self._owner.length)
+        whole = tail.end - (tail.end - tail.seen) % ratio
+        tail.begin = max(tail.seen, whole - self._before)
+        return tail.rows(tail.seen, whole)
 
     def rows(self, which: str, new: Tensor) -> PagedRows:
         owner, (offset, each, form) = self._owner, self._owner.layout.tables[self._layer, which]
@@ -156,55 +218,52 @@ class LayerState:
             kernels.store(new[0], table, first)
         return table
 
+    def _kept(self, which: str, position: int) -> int:
+        """Rows kept of a timeline so long: raw ones from the block that is being filled on, or
+        the one before."""
+        ratio = self._owner.layout.ratios[self._layer]
+        return self._keep if which == "window" else position % ratio + self._before
+
     def cut(self, position: int) -> dict[str, Tensor]:
         """What later tokens overwrite, as it was at ``position`` in the last pass."""
-        back, ratio = self._owner.length - position, self._owner.layout.ratios[self._layer]
+        back, entry = self._owner.length - position, self._owner.layout.entry
         parts = {}
-        window = self._recent.get("window", self._window)
-        if window is not None:
-            last = window[0, : window.shape[1] - back][-self._keep :]
-            stored = self._owner.layout.entry.pack(last)
-            parts["window"] = stored if self._owner.layout.entry.packed else stored.clone()
-        for which, now in self._raw.items():
-            # raw rows lie from the block that is being filled on, or the one before
-            keep = position % ratio + self._before
-            present = self._recent.get(which, now)
-            end = present.shape[1] - back
-            parts[which] = present[:, max(0, end - keep) : end].clone()
+        for which, tail in self._tails.items():
+            end = tail.end - back
+            rows = tail.rows(max(tail.seen, end - self._kept(which, position)), end)
+            if which == "window":
+                stored = entry.pack(rows[0])
+                parts[which] = stored if entry.packed else stored.clone()
+            else:
+                parts[which] = rows.clone()
         return parts
 
     def take_back(self, tokens: int) -> None:
         """As if the last pass had been so many tokens shorter; ``length`` is that of then."""
-        ratio = self._owner.layout.ratios[self._layer]
-        for which, present in self._recent.items():
-            present = self._recent[which] = present[:, : present.shape[1] - tokens]
-            if which == "window":
-                self._window = present[:, -self._keep :]
-            else:
-                keep = self._owner.length % ratio + self._before
-                self._raw[which] = present[:, max(0, present.shape[1] - keep) :]
+        for which, tail in self._tails.items():
+            tail.take_back(tokens)
+            tail.begin = max(tail.seen, tail.end - self._kept(which, self._owner.length))
 
     def put_back(self, parts: Mapping[str, Tensor]) -> None:
-        self._recent.clear()
-        self._raw = {which: t for which, t in parts.items() if which != "window"}
-        window = parts.get("window")
         form = self._owner.layout.entry
-        self._window = None if window is None else form.unpack(window).unsqueeze(0)
+        self._tails = {
+            which: _Tail(form.unpack(t)[None] if which == "window" else t)
+            for which, t in parts.items()
+        }
 
     def settle(self) -> None:
-        long = {which for which, t in self._recent.items() if t.shape[1] > 2 * GRAIN}
-        self._recent.clear()  # what is kept may be a view of a long pass
-        if "window" in long and self._window is not None:
-            self._window = self._window.clone()
-        for which in long & self._raw.keys():
-            self._raw[which] = self._raw[which].clone()
+        for tail in self._tails.values():
+            tail.settle(2 * GRAIN)
 
     def adopt(self, other: LayerState) -> None:
-        self._window, self._raw = other._window, dict(other._raw)  # tensors that never change
+        self._tails = {which: tail.fork() for which, tail in other._tails.items()}
+
+    def counts(self) -> dict[str, int]:
+        """Rows kept of each kind."""
+        return {which: tail.end - tail.begin for which, tail in self._tails.items()}
 
     def bytes(self) -> int:
-        window = 0 if self._window is None else self._window.nbytes
-        return window + sum(t.nbytes for t in self._raw.values())
+        return sum(tail.bytes for tail in self._tails.values())
 
 
 class KVState:
@@ -325,9 +384,9 @@ class KVState:
         if have != wanted:
             raise DSV4Error("attention state: blocks", expected=wanted, got=have)
         for layer, ratio in zip(self.layers, self.layout.ratios, strict=True):
-            rows = 0 if layer._window is None else layer._window.shape[1]
-            if rows != min(self.length, self.layout.window - 1):
-                raise DSV4Error("attention state: window", expected=self.length, got=rows)
-            for raw in layer._raw.values():
-                if raw.shape[1] != self.length % ratio + layer._before:
-                    raise DSV4Error("attention state: raw rows", expected=ratio, got=raw.shape)
+            rows = layer.counts()
+            if rows.pop("window", 0) != min(self.length, self.layout.window - 1):
+                raise DSV4Error("attention state: window", expected=self.length, got=layer.counts())
+            for count in rows.values():
+                if count != self.length % ratio + layer._before:
+                    raise DSV4Error("attention state: raw rows", expected=ratio, got=count)

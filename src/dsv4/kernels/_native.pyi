@@ -32,8 +32,8 @@ def sinkhorn(
     comb: int, rows: int, h: int, iters: int, eps: float, out: int, threads: int, /
 ) -> None: ...
 def raw_rows(
-    kept: int, old: int, kv: int, gate: int, count: int, width: int, bias: int, ratio: int,
-    start: int, out: int, threads: int, /,
+    kv: int, gate: int, count: int, width: int, bias: int, ratio: int, start: int, out: int,
+    threads: int, /,
 ) -> None: ...
 def store(
     rows: int, is_bf16: bool, count: int, width: int, packed: int, kept: int, bytes: int,

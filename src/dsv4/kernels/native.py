@@ -403,22 +403,17 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     return out
 
 
-def raw_rows(
-    kept: Tensor | None, kv: Tensor, gate: Tensor, bias: Tensor, start: int
-) -> Tensor:
+def raw_rows(out: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, start: int) -> None:
     """See ``reference.raw_rows``."""
-    given = (kv, gate, bias) if kept is None else (kv, gate, bias, kept)
-    plain = all(t.dtype == F32 and t.is_contiguous() for t in given)
-    if kv.shape[0] != 1 or not plain or not _plain(*given):
-        return reference.raw_rows(kept, kv, gate, bias, start)
-    _, new, width = kv.shape
-    old, kept_at = (0, 0) if kept is None else (kept.shape[1], kept.data_ptr())
-    rows = torch.empty(1, old + new, 2 * width)
+    given = out, kv, gate, bias
+    if kv.shape[0] != 1 or not _plain(*given) or not all(
+        t.dtype == F32 and t.is_contiguous() for t in given
+    ):
+        return reference.raw_rows(out, kv, gate, bias, start)
     _native.raw_rows(
-        kept_at, old, kv.data_ptr(), gate.data_ptr(), new, width, bias.data_ptr(), bias.shape[0],
-        start, rows.data_ptr(), threads(),
+        kv.data_ptr(), gate.data_ptr(), kv.shape[1], kv.shape[2], bias.data_ptr(), bias.shape[0],
+        start, out.data_ptr(), threads(),
     )  # fmt: skip
-    return rows
 
 
 PACKED = {None: 0, "entry": 1, "key": 2}

@@ -285,18 +285,15 @@ def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tenso
 # ---------------------------------------------------------------- compressor and indexer
 
 
-def raw_rows(
-    kept: Tensor | None, kv: Tensor, gate: Tensor, bias: Tensor, start: int
-) -> Tensor:
-    """Raw compressor rows ``[B, k + T, 2 W]``, float32: ``kept [B, k, 2 W]`` and then new ones.
+def raw_rows(out: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, start: int) -> None:
+    """Write raw compressor rows to ``out [B, T, 2 W]``, float32.
 
     A row is ``kv [B, T, W]`` beside the logits ``gate [B, T, W]``, to which the ``bias
-    [ratio, W]`` of its position in its block is added; ``start`` is the first new position.
+    [ratio, W]`` of its position in its block is added; ``start`` is the first position.
     """
     ratio, count = bias.shape[0], kv.shape[1]
     bias = wide(bias).roll(-start % ratio, 0).repeat(-(-count // ratio), 1)[:count]
-    new = torch.cat((wide(kv), wide(gate) + bias), -1)
-    return new if kept is None else torch.cat((kept, new), 1)
+    torch.cat((wide(kv), wide(gate) + bias), -1, out=out)
 
 
 def store(rows: Tensor, table: PagedRows, first: int) -> None:

@@ -100,14 +100,11 @@ void sinkhorn(uintptr_t comb, int64_t rows, int64_t h, int64_t iters, float eps,
   by_rows(current()->sinkhorn, job, rows, iters * h * h, threads);
 }
 
-void raw_rows(uintptr_t kept, int64_t old, uintptr_t kv, uintptr_t gate, int64_t count,
-              int64_t width, uintptr_t bias, int64_t ratio, int64_t start, uintptr_t out,
-              int threads) {
-  auto* rows = at<float>(out);
-  if (old > 0) std::memcpy(rows, at<void>(kept), old * 2 * width * sizeof(float));
+void raw_rows(uintptr_t kv, uintptr_t gate, int64_t count, int64_t width, uintptr_t bias,
+              int64_t ratio, int64_t start, uintptr_t out, int threads) {
   auto some = [&](int64_t part) {
     for (int64_t i = part * 16; i < std::min(count, part * 16 + 16); i++) {
-      float* row = rows + (old + i) * 2 * width;
+      float* row = at<float>(out) + i * 2 * width;
       const float *logits = at<float>(gate) + i * width;
       const float *added = at<float>(bias) + (start + i) % ratio * width;
       std::memcpy(row, at<float>(kv) + i * width, width * sizeof(float));
