@@ -368,7 +368,8 @@ def test_rows_are_stored_as_the_format_says(name: str) -> None:
     rows[5, ::2] = -rows[5, ::2]
 
     def empty() -> PagedRows:
-        blocks = [torch.full((24 + each * form.bytes + 8,), 77, dtype=torch.uint8) for _ in "123456"]
+        size = 24 + each * form.bytes + 8
+        blocks = [torch.full((size,), 77, dtype=torch.uint8) for _ in range(6)]
         addresses = torch.tensor([b.data_ptr() for b in blocks])
         return PagedRows(blocks, addresses, 24, each, first + count, form)
 

@@ -314,7 +314,8 @@ class Compressor(nn.Module):
             whole = state.pending(self.which, kv, gate, self.ape, self.overlap)
             if whole.shape[1] == ratio * self.overlap:
                 return state.rows(self.which, whole[:, :0])
-            entries = kernels.pool(*whole.chunk(2, -1), ratio, self.overlap)
+            kv, gate = whole.chunk(2, -1)
+            entries = kernels.pool(kv, gate, ratio, self.overlap)
         blocks = entries.shape[1]
         entries = entries.to(nx.dtype)
         if blocks > 0:

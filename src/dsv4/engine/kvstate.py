@@ -64,7 +64,6 @@ class Layout:
                 self.tables[layer, which] = table
                 self.bytes += table.each * table.format.bytes
 
-
     def most_beside_rows(self) -> int:
         """Bytes of a timeline's window and raw rows at most."""
 
