@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import dsv4
 from dsv4 import kernels
-from dsv4.model import FLOAT32, Transformer
+from dsv4.model import Transformer
+from dsv4.numerics import FLOAT32
 from dsv4.train import ablations
 from dsv4.train.ablations import questions
 from dsv4.train.initial import init_weights

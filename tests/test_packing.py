@@ -11,7 +11,8 @@ from torch import Tensor
 
 import dsv4
 from dsv4.config import V4Config
-from dsv4.model import FLOAT32, FLOAT64, Numerics, Transformer
+from dsv4.model import Transformer
+from dsv4.numerics import FLOAT32, FLOAT64, Numerics
 from dsv4.packing import Packing, padded_length
 from dsv4.train.initial import init_weights
 

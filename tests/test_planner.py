@@ -18,7 +18,8 @@ from dsv4.engine.kvstate import Layout
 from dsv4.engine.session import Session
 from dsv4.errors import ConfigError
 from dsv4.kernels import reference
-from dsv4.model import FLOAT32, OFFICIAL, Numerics, Transformer
+from dsv4.model import Transformer
+from dsv4.numerics import FLOAT32, OFFICIAL, Numerics
 from dsv4.planner import (
     activation_bytes,
     block_bytes,

@@ -267,7 +267,7 @@ def test_full_size_models_build_without_memory() -> None:
 
 def test_official_rounding_needs_whole_blocks() -> None:
     from dsv4.api import check_numerics
-    from dsv4.model import FLOAT32, OFFICIAL
+    from dsv4.numerics import FLOAT32, OFFICIAL
 
     odd = replace(V4Config.preset("nano"), hidden_size=320)
     check_numerics(FLOAT32, odd)

@@ -23,7 +23,8 @@ from dsv4.engine.kvstate import KVState
 from dsv4.engine.scheduler import GRAIN, Job, Scheduler
 from dsv4.engine.session import Part, Runner
 from dsv4.engine.speculate import RETRY_MOST, WARM, Judge, Odds, Trail, Weights
-from dsv4.model import OFFICIAL, Transformer
+from dsv4.model import Transformer
+from dsv4.numerics import OFFICIAL
 from dsv4.synth import synthesize
 
 native = pytest.mark.skipif(

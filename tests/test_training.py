@@ -15,7 +15,8 @@ from torch import nn
 import dsv4
 from dsv4 import quant
 from dsv4.errors import TrainingError
-from dsv4.model import TRAIN_QAT, Transformer
+from dsv4.model import Transformer
+from dsv4.numerics import TRAIN_QAT
 from dsv4.train.initial import init_weights
 from dsv4.train.loop import Run
 from dsv4.train.optim import FAST, MuonAdamW, OptimSettings, orthogonalize, uses_muon

@@ -14,7 +14,8 @@ import torch
 
 import dsv4
 from dsv4.config import V4Config
-from dsv4.model import FLOAT32, Transformer
+from dsv4.model import Transformer
+from dsv4.numerics import FLOAT32
 from dsv4.train.data import Batch
 from dsv4.train.initial import init_weights
 from dsv4.train.plots import course, plot

@@ -34,42 +34,11 @@ from . import kernels, quant
 from .config import V4Config
 from .errors import ConfigError, TrainingError
 from .kernels import Rows, Stored, reference
+from .numerics import FLOAT32, Numerics
 from .packing import Packing
 from .quant import wide
 
-
-@dataclass(frozen=True)
-class Numerics:
-    """A named choice of arithmetic.
-
-    ``dtype``: activations and matmuls. ``official``: the roundings of the published code (FP8
-    before quantised matmuls, FP8 KV entries, Hadamard + FP4 in the indexer, float32 compressor).
-    ``qat``: weights pass through their stored format with a straight-through gradient.
-    ``placed``: the norm of the query heads rounds as torch's operations do, which depends on
-    where a row lies in its pass (docs/numerics.md); for receipts against the published code.
-    """
-
-    name: str
-    dtype: torch.dtype
-    official: bool = False
-    qat: bool = False
-    placed: bool = False
-
-
-OFFICIAL = Numerics("official", torch.bfloat16, official=True)
-FLOAT32 = Numerics("float32", torch.float32)
-FLOAT64 = Numerics("float64", torch.float64)  # to check gradients; weights in float64 too
-TRAIN = Numerics("train", torch.bfloat16)
-TRAIN_QAT = Numerics("train-qat", torch.bfloat16, qat=True)
 KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
-NUMERICS = {n.name: n for n in (OFFICIAL, FLOAT32)}
-
-
-def numerics(name: str) -> Numerics:
-    """``"official"`` or ``"float32"``; ConfigError for anything else."""
-    if name not in NUMERICS:
-        raise ConfigError("no such numerics", expected=" or ".join(NUMERICS), got=name)
-    return NUMERICS[name]
 
 
 class AttentionState(Protocol):

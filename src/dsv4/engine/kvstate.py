@@ -28,7 +28,8 @@ from .. import kernels
 from ..config import V4Config
 from ..errors import DSV4Error
 from ..kernels import PagedRows, RowFormat
-from ..model import Numerics, no_block_before
+from ..model import no_block_before
+from ..numerics import Numerics
 
 GRAIN = 128  # tokens of a block: the least common multiple of the ratios
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import ContextLengthError, RequestError
 from ..kernels.threads import pass_of
-from ..model import Continued, Numerics, Transformer
+from ..model import Continued, Transformer
+from ..numerics import Numerics
 from . import memory
 from .disk import DiskTier
 from .kvstate import GRAIN, Block, Cut, KVState, Layout

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..model import Gate, Noted, Numerics, Pass, Transformer
+from ..model import Gate, Noted, Pass, Transformer
+from ..numerics import Numerics
 from .data import Batch
 
 ATTENTION = ("dense", "warmup", "sparse")

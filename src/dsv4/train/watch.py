@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import TrainingError
-from ..model import Numerics, Transformer
+from ..model import Transformer
+from ..numerics import Numerics
 from .data import Batch
 
 PROBE_TOKENS = 512
