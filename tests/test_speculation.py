@@ -384,11 +384,11 @@ def test_a_trail_keeps_what_is_near_and_no_gap() -> None:
     trail.window(torch.zeros(1, WARM, 4))
     for at in range(100, 100 + WARM):
         trail.add(rows[at : at + 1])
-    assert trail.unseen == WARM and trail.window(torch.zeros(1, 1, 4)).shape[1] == WARM + 1
+    assert trail.unseen == WARM and trail.window(torch.zeros(1, 1, 4)).length == WARM + 1
     trail.add(rows[200:202])
     trail.take_back(1)
     assert trail.take().flatten().tolist()[-2:] == [100 + WARM - 1, 200]
-    assert trail.window(torch.zeros(1, 1, 4)).shape[1] == 1, "streams were dropped in between"
+    assert trail.window(torch.zeros(1, 1, 4)).length == 1, "streams were dropped in between"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,40 +36,10 @@ from .errors import ConfigError, TrainingError
 from .kernels import Rows, Stored, reference
 from .numerics import FLOAT32, Numerics
 from .packing import Packing
+from .protocols import AttentionState, ExpertSource
 from .quant import wide
 
 KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
-
-
-class AttentionState(Protocol):
-    """What one attention layer remembers of one timeline; ``engine.kvstate`` implements it."""
-
-    def window(self, kv: Tensor) -> Tensor:
-        """Append entries ``[B, T, D]``; return the last ``sliding_window - 1`` before, and them."""
-
-    def pending(
-        self, which: str, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool
-    ) -> Tensor:
-        """Append ``kernels.raw_rows``; return those that make up whole blocks now.
-
-        ``which`` is "kv" or "index". With ``overlap`` the block before comes first.
-        """
-
-    def rows(self, which: str, new: Tensor) -> Rows:
-        """Append compressed rows; return all of them."""
-
-
-class ExpertSource(Protocol):
-    """A layer's routed experts when they are no parameters; ``engine.experts`` implements it."""
-
-    def expect(self, ids: Tensor) -> None:
-        """Begin to read the experts ``ids [N, K]``."""
-
-    def routed(
-        self, x: Tensor, ids: Tensor, weights: Tensor, limit: float, round_activations: bool,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """As ``kernels.routed_experts``."""
 
 
 @dataclass
@@ -134,6 +104,11 @@ class Pass:
     def trains_indexers(self) -> bool:
         """Whether indexers have a loss."""
         return self.noted is not None and self.noted.indexers
+
+    @property
+    def longest_part(self) -> int:
+        """New tokens of the timeline that has the most."""
+        return max(part.ids.shape[1] for part in self.parts or [self])
 
     @property
     def longest(self) -> int:
@@ -276,23 +251,37 @@ class Compressor(nn.Module):
         self, kv: Tensor, gate: Tensor, run: Pass, state: AttentionState | None
     ) -> Rows:
         """All entries ``[B, R, dim]`` after the tokens that ``project`` made ``kv, gate`` of."""
-        nx, ratio = run.nx, self.ratio
-        if state is None:
-            entries = kernels.compress(kv, gate, self.ape, ratio, self.overlap)
-        else:
-            whole = state.pending(self.which, kv, gate, self.ape, self.overlap)
-            if whole.shape[1] == ratio * self.overlap:
-                return state.rows(self.which, whole[:, :0])
-            kv, gate = whole.chunk(2, -1)
-            entries = kernels.pool(kv, gate, ratio, self.overlap)
-        blocks = entries.shape[1]
-        entries = entries.to(nx.dtype)
-        if blocks > 0:
-            entries = self.norm(entries)
-            first = run.start // ratio * ratio
-            entries = kernels.rope(entries, run.rotation(True, first, blocks, ratio))
-            entries = fp4_rotated(entries, nx) if self.rotate else kv_rounded(entries, run)
-        return entries if state is None else state.rows(self.which, entries)
+        if state is not None:
+            return self.each(kv, gate, [run], [state])[0]
+        entries = kernels.compress(kv, gate, self.ape, self.ratio, self.overlap)
+        return self.finished(entries, run) if entries.shape[1] else entries.to(run.nx.dtype)
+
+    def each(
+        self, kv: Tensor, gate: Tensor, parts: Sequence[Pass], states: Sequence[AttentionState]
+    ) -> list[Rows]:
+        """``forward`` for timelines whose new tokens are those of ``parts`` in turn."""
+        ratio = self.ratio
+        some = [kv] if len(parts) == 1 else kv.split([part.ids.shape[1] for part in parts], 1)
+        spans = [
+            state.raw(self.which, part, ratio, self.overlap)
+            for state, part in zip(states, some, strict=True)
+        ]
+        kernels.raw_rows(spans, [part.start for part in parts], kv, gate, self.ape)
+        tables = []
+        for part, state in zip(parts, states, strict=True):
+            new = state.blocks(self.which, ratio)
+            if new is not None:
+                raw, weights = new.chunk(2, -1)
+                new = self.finished(kernels.pool(raw, weights, ratio, self.overlap), part)
+            tables.append(state.rows(self.which, new))
+        return tables
+
+    def finished(self, entries: Tensor, run: Pass) -> Tensor:
+        """Pooled blocks of a timeline as they are kept: normed, turned and rounded."""
+        first = run.start // self.ratio * self.ratio
+        entries = self.norm(entries.to(run.nx.dtype))
+        entries = kernels.rope(entries, run.rotation(True, first, entries.shape[1], self.ratio))
+        return fp4_rotated(entries, run.nx) if self.rotate else kv_rounded(entries, run)
 
 
 def no_block_before(kv: Tensor, ratio: int) -> Tensor:
@@ -346,6 +335,10 @@ class Indexer(nn.Module):
         q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
         q = fp4_rotated(kernels.rope(q, turn.unsqueeze(-3)), run.nx)
         return *pooled, q, self.weights_proj(x, run.nx)
+
+    def query(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        """Queries and weights of what all was projected for compressor and indexer, if any."""
+        return [*projected[4:5], *(w * self.scale for w in projected[5:])]
 
     def choose(self, keys: Rows, query: Sequence[Tensor], run: Pass) -> Tensor | None:
         """Entries to attend to, ``[B, T, k]``; None while all visible ones fit in the top-k."""
@@ -402,7 +395,9 @@ class Attention(nn.Module):
     def look(self, tokens: Sequence[Tensor], run: Pass, layer: int) -> Tensor:
         """All that looks across tokens, which ``project`` gave: outputs ``[B, T, H, D]``."""
         losses: Sequence[Tensor] = ()
-        if run.parts:
+        if run.tapes is not None and run.longest_part == 1:
+            out = self.look_each(tokens, run, layer)
+        elif run.parts:
             lengths = [part.ids.shape[1] for part in run.parts]
             pieces = zip(*(t.split(lengths, 1) for t in tokens), strict=True)
             done = [self.attend(piece, part, part.state(layer))[0]
@@ -415,6 +410,26 @@ class Attention(nn.Module):
         if run.noted is not None:
             run.noted.divergences += [loss.mean() for loss in losses]
         return out
+
+    def look_each(self, tokens: Sequence[Tensor], run: Pass, layer: int) -> Tensor:
+        """``look`` for one new token of each timeline, at once."""
+        q, kv, *projected = tokens
+        parts = run.parts or [run]
+        states = [part.states[layer] for part in parts if part.states is not None]
+        rows: list[Rows | None] = [None] * len(parts)
+        chosen: list[Tensor | None] = [None] * len(parts)
+        if self.compressor is not None:
+            rows = [*self.compressor.each(projected[0], projected[1], parts, states)]
+        if self.indexer is not None:
+            keys = self.indexer.compressor.each(projected[2], projected[3], parts, states)
+            query = self.indexer.query(projected)
+            for i, part in enumerate(parts):
+                one = [t[:, i : i + 1] for t in query]
+                chosen[i] = self.indexer.choose(keys[i], one, part)
+        return kernels.attention_each(
+            q, kv, [state.window(kv[:, :1]) for state in states], rows, chosen, self.attn_sink,
+            [part.start for part in parts], dtype=run.nx.dtype, **self.how,
+        )
 
     def output(self, out: Tensor, turn: Tensor, run: Pass) -> Tensor:
         """What the heads' outputs ``[B, T, H, D]`` add up to, ``[B, T, d]``."""
@@ -432,7 +447,11 @@ class Attention(nn.Module):
         """``look`` within one timeline; also, where it is trained, the indexer's loss ``[B, T]``.
         """
         q, kv, *projected = tokens
-        window = kv if state is None else state.window(kv)
+        window = kv
+        if state is not None:
+            span = state.window(kv)
+            window = span.rows
+            window[:, -kv.shape[1] :] = kv
         rows, chosen, losses = self.visible(q, window, projected, run, state)
         out = kernels.attention(
             q, window, rows, chosen, self.attn_sink, start=run.start, dtype=run.nx.dtype, **self.how
@@ -466,7 +485,7 @@ class Attention(nn.Module):
             return rows, None, []
         with run.indexing():
             keys = self.indexer.compressor(*projected[2:4], run, state)
-        query = [*projected[4:5], *(w * self.indexer.scale for w in projected[5:])]
+        query = self.indexer.query(projected)
         chosen = self.indexer.choose(keys, query, run)
         if not run.trains_indexers:
             return rows, chosen, []

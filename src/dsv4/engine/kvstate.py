@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import kernels
 from ..config import V4Config
 from ..errors import DSV4Error
-from ..kernels import PagedRows, RowFormat
+from ..kernels import PagedRows, RowFormat, Span
 from ..model import no_block_before
 from ..numerics import Numerics
 
@@ -125,7 +125,7 @@ class Cut:
         return own + (0 if self.partial is None else self.partial.data.nbytes)
 
 
-class _Tail:
+class Tail:
     """The newest rows ``[1, n, width]`` of one kind.
 
     What is there never changes; a timeline adds behind its end in place unless another one, that
@@ -142,14 +142,14 @@ class _Tail:
         self.begin = self.seen = 0  # the first row that is kept; the first that the last pass saw
         self.end = count
 
-    def fork(self) -> _Tail:
+    def fork(self) -> Tail:
         """The same rows for another timeline."""
         return copy.copy(self)
 
     def rows(self, begin: int, end: int) -> Tensor:
         return self._room[:, begin:end]
 
-    def grow(self, count: int) -> Tensor:
+    def grow(self, count: int) -> Span:
         """Where the next ``count`` rows are to be written; a pass begins."""
         if self._taken[0] != self.end or self.end + count > self._room.shape[1]:
             kept = self.rows(self.begin, self.end)
@@ -158,7 +158,13 @@ class _Tail:
             self._room[:, :n] = kept
         self.seen, begin, self.end = self.begin, self.end, self.end + count
         self._taken[0] = self.end
-        return self.rows(begin, self.end)
+        return Span(self._room, begin, count)
+
+    def window(self, count: int, keep: int) -> Span:
+        """The window of the next ``count`` entries, with room for them; ``keep`` are kept then."""
+        self.grow(count)
+        self.begin = max(self.begin, self.end - keep)
+        return Span(self._room, self.seen, self.end - self.seen)
 
     def take_back(self, count: int) -> None:
         self.end -= count
@@ -189,32 +195,35 @@ class LayerState:
         ratio = owner.layout.ratios[layer]
         self._before = ratio if ratio == 4 else 0  # raw rows kept of the block that was pooled last
         self._keep = owner.layout.window - 1
-        self._tails: dict[str, _Tail] = {}  # the window and raw rows
+        self._tails: dict[str, Tail] = {}  # the window and raw rows
 
-    def window(self, kv: Tensor) -> Tensor:
+    def window(self, kv: Tensor) -> Span:
         tail = self._tails.get("window")
         if tail is None:
-            tail = self._tails["window"] = _Tail(kv[:, :0])
-        tail.grow(kv.shape[1]).copy_(kv)
-        tail.begin = max(tail.begin, tail.end - self._keep)
-        return tail.rows(tail.seen, tail.end)
+            tail = self._tails["window"] = Tail(kv[:, :0])
+        return tail.window(kv.shape[1], self._keep)
 
-    def pending(self, which: str, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool) -> Tensor:
-        ratio, tail = bias.shape[0], self._tails.get(which)
+    def raw(self, which: str, kv: Tensor, ratio: int, overlap: bool) -> Span:
+        tail = self._tails.get(which)
         if tail is None:
             none = no_block_before(kv, ratio)
-            tail = self._tails[which] = _Tail(none if overlap else none[:, :0])
-        kernels.raw_rows(tail.grow(kv.shape[1]), kv, gate, bias, self._owner.length)
-        whole = tail.end - (tail.end - tail.seen) % ratio
+            tail = self._tails[which] = Tail(none if overlap else none[:, :0])
+        span, whole = tail.grow(kv.shape[1]), tail.end - (tail.end - tail.seen) % ratio
         tail.begin = max(tail.seen, whole - self._before)
-        return tail.rows(tail.seen, whole)
+        return span
 
-    def rows(self, which: str, new: Tensor) -> PagedRows:
+    def blocks(self, which: str, ratio: int) -> Tensor | None:
+        tail = self._tails[which]
+        whole = (tail.end - tail.seen) // ratio * ratio
+        return tail.rows(tail.seen, tail.seen + whole) if whole > self._before else None
+
+    def rows(self, which: str, new: Tensor | None) -> PagedRows:
         owner, (offset, each, form) = self._owner, self._owner.layout.tables[self._layer, which]
-        first = owner.length * each // GRAIN
-        end = first + new.shape[1]
+        first = end = owner.length * each // GRAIN
+        if new is not None:
+            end += new.shape[1]
         table = PagedRows(owner.block_data(), owner.addresses, offset, each, end, form)
-        if end > first:
+        if new is not None:
             kernels.store(new[0], table, first)
         return table
 
@@ -247,7 +256,7 @@ class LayerState:
     def put_back(self, parts: Mapping[str, Tensor]) -> None:
         form = self._owner.layout.entry
         self._tails = {
-            which: _Tail(form.unpack(t)[None] if which == "window" else t)
+            which: Tail(form.unpack(t)[None] if which == "window" else t)
             for which, t in parts.items()
         }
 

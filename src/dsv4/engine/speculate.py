@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..config import V4Config
-from ..kernels import Rows
+from ..kernels import Rows, Span
+from .kvstate import Tail
 
 WARM = 16  # tokens of a timeline that the block sees before its first guess
 RECENT = 0.9  # how much of the past remains after each guess of a request ...
@@ -48,7 +49,7 @@ class Trail:
 
     def __init__(self, window: int) -> None:
         self._keep = window - 1
-        self._window: Tensor | None = None
+        self._window: Tail | None = None
         self._unseen: deque[Tensor] = deque()
         self.unseen = 0
 
@@ -76,15 +77,18 @@ class Trail:
         self.unseen = 0
         return streams
 
-    def window(self, kv: Tensor) -> Tensor:
-        both = kv if self._window is None else torch.cat((self._window, kv), 1)
-        self._window = both[:, -self._keep :]
-        return both
+    def window(self, kv: Tensor) -> Span:
+        if self._window is None:
+            self._window = Tail(kv[:, :0])
+        return self._window.window(kv.shape[1], self._keep)
 
-    def pending(self, which: str, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool) -> Tensor:
+    def raw(self, which: str, kv: Tensor, ratio: int, overlap: bool) -> Span:
         raise NotImplementedError("the MTP block has no compressor")
 
-    def rows(self, which: str, new: Tensor) -> Rows:
+    def blocks(self, which: str, ratio: int) -> Tensor | None:
+        raise NotImplementedError("the MTP block has no compressor")
+
+    def rows(self, which: str, new: Tensor | None) -> Rows:
         raise NotImplementedError("the MTP block has no compressor")
 
 

@@ -32,7 +32,7 @@ def sinkhorn(
     comb: int, rows: int, h: int, iters: int, eps: float, out: int, threads: int, /
 ) -> None: ...
 def raw_rows(
-    kv: int, gate: int, count: int, width: int, bias: int, ratio: int, start: int, out: int,
+    spans: list[tuple[int, int, int]], kv: int, gate: int, width: int, bias: int, ratio: int,
     threads: int, /,
 ) -> None: ...
 def store(
@@ -61,6 +61,11 @@ Pieces = tuple[int, int, int, int]
 def attention(
     q: int, bf16: bool, queries: int, heads: int, width_of_head: int, window: int, earlier: int,
     width: int, rows: Pieces, kept: int, chosen: int, k: int, sink: int, start: int, ratio: int,
+    scale: float, out: int, threads: int, /,
+) -> None: ...
+def attention_each(
+    q: int, is_bf16: bool, heads: int, width_of_head: int, kv: int,
+    looks: list[tuple[int, int, Pieces, int, int, int, int]], width: int, sink: int, ratio: int,
     scale: float, out: int, threads: int, /,
 ) -> None: ...
 def index_topk(

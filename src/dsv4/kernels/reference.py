@@ -285,15 +285,33 @@ def hc_expand(out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tenso
 # ---------------------------------------------------------------- compressor and indexer
 
 
-def raw_rows(out: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, start: int) -> None:
-    """Write raw compressor rows to ``out [B, T, 2 W]``, float32.
+class Span(NamedTuple):
+    """Rows ``first .. first + length - 1`` of ``room [1, rows, width]``."""
 
-    A row is ``kv [B, T, W]`` beside the logits ``gate [B, T, W]``, to which the ``bias
-    [ratio, W]`` of its position in its block is added; ``start`` is the first position.
+    room: Tensor
+    first: int
+    length: int
+
+    @property
+    def rows(self) -> Tensor:
+        return self.room[:, self.first : self.first + self.length]
+
+
+def raw_rows(
+    spans: Sequence[Span], starts: Sequence[int], kv: Tensor, gate: Tensor, bias: Tensor
+) -> None:
+    """Write raw compressor rows, float32, to the spans in turn.
+
+    A row is ``kv [1, N, W]`` beside the logits ``gate [1, N, W]``, to which the ``bias
+    [ratio, W]`` of its position in its block is added; ``starts``: the spans' first positions.
     """
-    ratio, count = bias.shape[0], kv.shape[1]
-    bias = wide(bias).roll(-start % ratio, 0).repeat(-(-count // ratio), 1)[:count]
-    torch.cat((wide(kv), wide(gate) + bias), -1, out=out)
+    ratio, at = bias.shape[0], 0
+    for span, start in zip(spans, starts, strict=True):
+        new = slice(at, at + span.length)
+        added = wide(bias).roll(-start % ratio, 0).repeat(-(-span.length // ratio), 1)
+        logits = wide(gate[:, new]) + added[: span.length]
+        span.rows.copy_(torch.cat((wide(kv[:, new]), logits), -1))
+        at += span.length
 
 
 def store(rows: Tensor, table: PagedRows, first: int) -> None:
@@ -529,6 +547,27 @@ class _Block(NamedTuple):
     far: slice | Tensor  # of the compressed rows
     hidden: Tensor | None  # [n, S] or [B, n, S]: what a query may not see of near and far
     sparse: bool  # each query sees few of the rows, other ones
+
+
+def attention_each(
+    q: Tensor, kv: Tensor, windows: Sequence[Span], rows: Sequence[Rows | None],
+    chosen: Sequence[Tensor | None], sink: Tensor, starts: Sequence[int], *, ratio: int,
+    width: int, scale: float, dtype: torch.dtype,
+) -> Tensor:
+    """``attention`` of one token of each of N timelines, ``q [1, N, H, D]`` -> the same.
+
+    ``windows``: of each timeline, the last row of which is where its entry of ``kv [1, N, D]``
+    is written first.
+    """
+    done = []
+    for i, window in enumerate(windows):
+        window.rows[:, -1] = kv[:, i]
+        done.append(attention(
+            q[:, i : i + 1], window.rows, rows[i], chosen[i], sink, start=starts[i], ratio=ratio,
+            width=width, scale=scale, dtype=dtype,
+        ))  # fmt: skip
+    return torch.cat(done, 1)
+
 
 
 def query_blocks(

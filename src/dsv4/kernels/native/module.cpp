@@ -100,18 +100,23 @@ void sinkhorn(uintptr_t comb, int64_t rows, int64_t h, int64_t iters, float eps,
   by_rows(current()->sinkhorn, job, rows, iters * h * h, threads);
 }
 
-void raw_rows(uintptr_t kv, uintptr_t gate, int64_t count, int64_t width, uintptr_t bias,
-              int64_t ratio, int64_t start, uintptr_t out, int threads) {
-  auto some = [&](int64_t part) {
-    for (int64_t i = part * 16; i < std::min(count, part * 16 + 16); i++) {
-      float* row = at<float>(out) + i * 2 * width;
-      const float *logits = at<float>(gate) + i * width;
-      const float *added = at<float>(bias) + (start + i) % ratio * width;
-      std::memcpy(row, at<float>(kv) + i * width, width * sizeof(float));
-      for (int64_t c = 0; c < width; c++) row[width + c] = logits[c] + added[c];
-    }
-  };
-  parallel(threads, (count + 15) / 16, some);
+// To each span (address, count, first position) its rows.
+void raw_rows(const std::vector<std::tuple<uintptr_t, int64_t, int64_t>>& spans, uintptr_t kv,
+              uintptr_t gate, int64_t width, uintptr_t bias, int64_t ratio, int threads) {
+  int64_t before = 0;  // rows of earlier spans
+  for (auto [to, count, start] : spans) {
+    auto some = [&, to = to, count = count, start = start](int64_t part) {
+      for (int64_t i = part * 16; i < std::min(count, part * 16 + 16); i++) {
+        float* row = at<float>(to) + i * 2 * width;
+        const float* logits = at<float>(gate) + (before + i) * width;
+        const float* added = at<float>(bias) + (start + i) % ratio * width;
+        std::memcpy(row, at<float>(kv) + (before + i) * width, width * sizeof(float));
+        for (int64_t c = 0; c < width; c++) row[width + c] = logits[c] + added[c];
+      }
+    };
+    parallel(threads, (count + 15) / 16, some);
+    before += count;
+  }
 }
 
 void store(uintptr_t rows, bool is_bf16, int64_t count, int64_t width, int packed, int64_t kept,
@@ -163,6 +168,41 @@ Table table_of(const Pieces& p) {
   return {at<const char*>(pieces), offset, each, bytes};
 }
 
+// Attention of jobs that differ only in what they see, each of so many queries.
+void attend(const std::vector<Attention>& jobs, int64_t queries, int threads) {
+  const Isa* isa = current();
+  const Attention& any = jobs.front();
+  const int64_t heads = any.heads;
+  const bool tiles = isa->pack && any.is_bf16;
+  // as many heads as there can be in a task, if there are tasks for all threads
+  const int64_t fair = std::max<int64_t>(heads * queries * (int64_t)jobs.size() / threads, 1);
+  const int64_t most = std::min(tiles ? (fair + 15) / 16 * 16 : fair, tiles ? heads : HEADS);
+  const int64_t parts = (heads + most - 1) / most;
+  const int64_t together = tiles ? std::clamp<int64_t>(16 / most, 1, TOGETHER) : TOGETHER;
+  int64_t group = queries >= 16 ? together : 1, space = 0;
+  for (const Attention& job : jobs) {
+    const int64_t seen =
+        !job.rows.pieces ? 0 : job.chosen ? job.k : (job.start + queries) / job.ratio;
+    // packed rows that all see are unpacked for several at once
+    const bool alike = job.kept && !job.chosen && seen > 0 && job.earlier + 1 >= job.width &&
+                       job.width % TILE == 0;
+    if (!alike) group = 1;
+    space = std::max(space, tiles ? tiled_attention_space(job, group, most)
+                                  : attention_space(job, group, most, job.width + seen));
+  }
+  const int64_t tasks = (queries + group - 1) / group * parts;  // of a job
+  auto one = [&](int64_t number) {
+    static thread_local Array<uint8_t> kept;
+    static thread_local int64_t size = 0;
+    if (size < space) kept = make_array<uint8_t>(space), size = space;
+    const int64_t task = number % tasks;
+    const int64_t head = task % parts * most, query = task / parts * group;
+    isa->attend(jobs[number / tasks], query, std::min(group, queries - query), head,
+                std::min(most, heads - head), kept.get());
+  };
+  parallel(threads, (int64_t)jobs.size() * tasks, one);
+}
+
 void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width_of_head,
                uintptr_t window, int64_t earlier, int64_t width, Pieces rows, int64_t kept,
                uintptr_t chosen, int64_t k, uintptr_t sink, int64_t start, int64_t ratio,
@@ -171,28 +211,27 @@ void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_
                 at<float>(sink), at<void>(out),  heads,          width_of_head, earlier,
                 width,         start,            ratio,          k,     scale,
                 is_bf16,       current()->multiplies_pairs()};
-  const int64_t seen = !job.rows.pieces ? 0 : chosen ? k : (start + queries) / ratio;
-  const Isa* isa = current();
-  const bool tiles = isa->pack && is_bf16;
-  // as many heads as there can be in a task, if there are tasks for all threads
-  const int64_t fair = std::max<int64_t>(heads * queries / threads, 1);
-  const int64_t most = std::min(tiles ? (fair + 15) / 16 * 16 : fair, tiles ? heads : HEADS);
-  const int64_t parts = (heads + most - 1) / most;
-  // packed rows that all see are unpacked for several at once
-  const bool alike = kept && !chosen && seen > 0 && earlier + 1 >= width && width % TILE == 0;
-  const int64_t together = tiles ? std::clamp<int64_t>(16 / most, 1, TOGETHER) : TOGETHER;
-  const int64_t group = alike && queries >= 16 ? together : 1;
-  const int64_t space = tiles ? tiled_attention_space(job, group, most)
-                              : attention_space(job, group, most, width + seen);
-  auto one = [&](int64_t task) {
-    static thread_local Array<uint8_t> kept;
-    static thread_local int64_t size = 0;
-    if (size < space) kept = make_array<uint8_t>(space), size = space;
-    const int64_t head = task % parts * most, query = task / parts * group;
-    isa->attend(job, query, std::min(group, queries - query), head, std::min(most, heads - head),
-                kept.get());
-  };
-  parallel(threads, (queries + group - 1) / group * parts, one);
+  attend({job}, queries, threads);
+}
+
+// What a token sees: its window, the entries in it before its own, the rows, how they are packed,
+// which of them, how many of these, and its position.
+using Look = std::tuple<uintptr_t, int64_t, Pieces, int64_t, uintptr_t, int64_t, int64_t>;
+
+void attention_each(uintptr_t q, bool is_bf16, int64_t heads, int64_t width_of_head, uintptr_t kv,
+                    const std::vector<Look>& looks, int64_t width, uintptr_t sink, int64_t ratio,
+                    float scale, uintptr_t out, int threads) {
+  const int64_t entry = width_of_head * (is_bf16 ? 2 : 4);
+  std::vector<Attention> jobs;
+  for (auto [window, earlier, rows, kept, chosen, k, start] : looks) {
+    const int64_t i = (int64_t)jobs.size();
+    std::memcpy(at<char>(window) + earlier * entry, at<char>(kv) + i * entry, entry);
+    jobs.push_back({at<char>(q) + i * heads * entry, at<void>(window), table_of(rows), kept,
+                    at<int64_t>(chosen), at<float>(sink), at<char>(out) + i * heads * entry, heads,
+                    width_of_head, earlier, width, start, ratio, k, scale, is_bf16,
+                    current()->multiplies_pairs()});
+  }
+  attend(jobs, 1, threads);
 }
 
 void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width,
@@ -336,6 +375,7 @@ NB_MODULE(_native, m) {
   m.def("route", Recorded<route>::call, release);
   m.def("swiglu", Recorded<swiglu>::call, release);
   m.def("attention", attention, not_recorded);
+  m.def("attention_each", attention_each, not_recorded);
   m.def("index_topk", index_topk, not_recorded);
   m.def("checksum", checksum, not_recorded);
   nb::class_<Experts>(m, "Experts")

@@ -1,0 +1,40 @@
+"""What the model leaves to others: what attention remembers, and experts that are not in memory."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .kernels import Rows, Span
+
+
+class AttentionState(Protocol):
+    """What one attention layer remembers of one timeline; ``engine.kvstate`` implements it."""
+
+    def window(self, kv: Tensor) -> Span:
+        """The last ``sliding_window - 1`` entries and, behind them, room for ``kv [B, T, D]``."""
+
+    def raw(self, which: str, kv: Tensor, ratio: int, overlap: bool) -> Span:
+        """Room for ``kernels.raw_rows`` of ``kv [B, T, W]``; ``which`` is "kv" or "index"."""
+
+    def blocks(self, which: str, ratio: int) -> Tensor | None:
+        """The raw rows of the blocks that became whole with the last ones; with ``overlap`` those
+        of the block before come first."""
+
+    def rows(self, which: str, new: Tensor | None) -> Rows:
+        """Append compressed rows, if there are any; return all of them."""
+
+
+class ExpertSource(Protocol):
+    """A layer's routed experts when they are no parameters; ``engine.experts`` implements it."""
+
+    def expect(self, ids: Tensor) -> None:
+        """Begin to read the experts ``ids [N, K]``."""
+
+    def routed(
+        self, x: Tensor, ids: Tensor, weights: Tensor, limit: float, round_activations: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As ``kernels.routed_experts``."""
