@@ -31,6 +31,7 @@ tokenizer
 encoding
 completion
 model
+protocols numerics
 kernels
 packing
 formats

@@ -106,11 +106,6 @@ class Pass:
         return self.noted is not None and self.noted.indexers
 
     @property
-    def longest_part(self) -> int:
-        """New tokens of the timeline that has the most."""
-        return max(part.ids.shape[1] for part in self.parts or [self])
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest sequence, past, new and padding."""
         if self.parts:
@@ -395,7 +390,7 @@ class Attention(nn.Module):
     def look(self, tokens: Sequence[Tensor], run: Pass, layer: int) -> Tensor:
         """All that looks across tokens, which ``project`` gave: outputs ``[B, T, H, D]``."""
         losses: Sequence[Tensor] = ()
-        if run.tapes is not None and run.longest_part == 1:
+        if run.tapes is not None and all(part.ids.shape[1] == 1 for part in run.parts or [run]):
             out = self.look_each(tokens, run, layer)
         elif run.parts:
             lengths = [part.ids.shape[1] for part in run.parts]
