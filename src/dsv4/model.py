@@ -85,12 +85,15 @@ class Pass:
     def by_token(
         self, step: Callable[..., tuple[Tensor, ...]], *given: Tensor
     ) -> tuple[Tensor, ...]:
-        """``step(self, *given)``, which may use nothing else of its tokens and mix none of them.
-        Results are good until the next pass; of ``given`` nothing is changed."""
+        """``step(self, *given)``, which uses nothing else of its tokens and mixes none of them.
+        Results are good until the next pass; ``given`` stays as it is."""
         if self.tapes is None:
             return step(self, *given)
-        key = self.nx, self.ids.shape[1], self.longest // 4 <= self.config.index_topk
-        return self.tapes.run(key, step, partial(step, self), given)
+        return self.tapes.run(self._key, step, partial(step, self), given)
+
+    @functools.cached_property
+    def _key(self) -> tuple[Numerics, int, bool]:  # of passes that do the same
+        return self.nx, self.ids.shape[1], self.longest // 4 <= self.config.index_topk
 
     def state(self, layer: int) -> AttentionState | None:
         """What that layer remembers of the past."""
@@ -439,8 +442,7 @@ class Attention(nn.Module):
     def attend(
         self, tokens: Sequence[Tensor], run: Pass, state: AttentionState | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``look`` within one timeline; also, where it is trained, the indexer's loss ``[B, T]``.
-        """
+        """``look`` within one timeline; also the indexer's loss ``[B, T]``, if any."""
         q, kv, *projected = tokens
         window = kv
         if state is not None:

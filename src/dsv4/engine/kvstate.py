@@ -16,6 +16,7 @@ whatever the passes' lengths are; ``settle`` ends that and frees what it took.
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from ..model import no_block_before
 from ..numerics import Numerics
 
 GRAIN = 128  # tokens of a block: the least common multiple of the ratios
+CLAIMING = threading.Lock()  # while it is decided whose the places behind shared rows are
 
 
 class _Table(NamedTuple):
@@ -151,13 +153,14 @@ class Tail:
 
     def grow(self, count: int) -> Span:
         """Where the next ``count`` rows are to be written; a pass begins."""
-        if self._taken[0] != self.end or self.end + count > self._room.shape[1]:
-            kept = self.rows(self.begin, self.end)
-            n = kept.shape[1]
-            self._hold(kept.new_empty(1, n + count + spare(n), kept.shape[2]), n)
-            self._room[:, :n] = kept
-        self.seen, begin, self.end = self.begin, self.end, self.end + count
-        self._taken[0] = self.end
+        with CLAIMING:
+            if self._taken[0] != self.end or self.end + count > self._room.shape[1]:
+                kept = self.rows(self.begin, self.end)
+                n = kept.shape[1]
+                self._hold(kept.new_empty(1, n + count + spare(n), kept.shape[2]), n)
+                self._room[:, :n] = kept
+            self.seen, begin, self.end = self.begin, self.end, self.end + count
+            self._taken[0] = self.end
         return Span(self._room, begin, count)
 
     def window(self, count: int, keep: int) -> Span:
@@ -330,20 +333,21 @@ class KVState:
 
     def reserve(self, tokens: int) -> None:
         """Make room for the rows of so many more tokens, in blocks that this timeline may write."""
-        inside = self.length % GRAIN
-        if inside:
-            last = self.blocks[-1]
-            if last.claimed != inside:  # another timeline has gone on in it
-                last = self.blocks[-1] = last.copy(inside)
-                self._data[-1] = last.data
-                self.addresses = self.addresses.clone()
-                self.addresses[len(self.blocks) - 1] = last.data.data_ptr()
-        end = self.length + tokens
-        wanted = -(-end // GRAIN) - len(self.blocks)
-        if wanted > 0:
-            self._append([Block(self.layout.bytes) for _ in range(wanted)])
-        for i in range(self.length // GRAIN, len(self.blocks)):
-            self.blocks[i].claimed = min(GRAIN, end - i * GRAIN)
+        with CLAIMING:
+            inside = self.length % GRAIN
+            if inside:
+                last = self.blocks[-1]
+                if last.claimed != inside:  # another timeline has gone on in it
+                    last = self.blocks[-1] = last.copy(inside)
+                    self._data[-1] = last.data
+                    self.addresses = self.addresses.clone()
+                    self.addresses[len(self.blocks) - 1] = last.data.data_ptr()
+            end = self.length + tokens
+            wanted = -(-end // GRAIN) - len(self.blocks)
+            if wanted > 0:
+                self._append([Block(self.layout.bytes) for _ in range(wanted)])
+            for i in range(self.length // GRAIN, len(self.blocks)):
+                self.blocks[i].claimed = min(GRAIN, end - i * GRAIN)
 
     def advance(self, tokens: int) -> None:
         self.length += tokens
