@@ -442,7 +442,7 @@ class Attention(nn.Module):
     def attend(
         self, tokens: Sequence[Tensor], run: Pass, state: AttentionState | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``look`` within one timeline; also the indexer's loss ``[B, T]``, if any."""
+        """``look`` within one timeline; and the indexer's loss ``[B, T]``."""
         q, kv, *projected = tokens
         window = kv
         if state is not None:
