@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -84,40 +84,65 @@ def block_bytes(config: V4Config, numerics: str = "official") -> int:
     return sum(GRAIN // r * (entry + (key if r == 4 else 0)) for r in layers if r)
 
 
-def _raw_bytes(config: V4Config, tokens: int) -> int:
-    """Raw compressor rows that wait after so many tokens (float32 values and gates). A CSA layer
-    and its indexer keep the last pooled block too, because the next one overlaps it."""
+def _raw_bytes(config: V4Config, rows: Callable[[int], int]) -> int:
+    """Raw compressor rows (float32 values and gates), so many in a layer of that ratio."""
     total = 0
     for ratio in config.compress_ratios[: config.num_hidden_layers]:
         if ratio == 4:
-            total += (ratio + tokens % ratio) * 2 * (config.head_dim + config.index_head_dim)
+            total += rows(ratio) * 2 * (config.head_dim + config.index_head_dim)
         elif ratio:
-            total += tokens % ratio * config.head_dim
+            total += rows(ratio) * config.head_dim
     return total * 2 * 4
+
+
+def _waiting(ratio: int, tokens: int) -> int:
+    """Raw rows kept after so many tokens. A CSA layer and its indexer keep the last pooled block
+    too, because the next one overlaps it."""
+    return tokens % ratio + (ratio if ratio == 4 else 0)
+
+
+def _room(passes: Iterable[int], kept: Callable[[int], int]) -> int:
+    """Rows for which the engine has room after these passes, of which it keeps ``kept(tokens)``:
+    some more are added in place (``engine.kvstate.Tail``)."""
+    length, used = 0, kept(0)
+    room = used
+    for tokens in passes:
+        if used + tokens > room:
+            used = kept(length)
+            room = used + tokens + 8 + used // 4
+        length, used = length + tokens, used + tokens
+        if room > 2 * GRAIN:
+            room = used = kept(length)
+    return room
 
 
 def session_bytes(config: V4Config, passes: Iterable[int], numerics: str = "official") -> int:
     """What a session of this package's engine holds after passes of so many tokens each.
 
     Equals ``Session.bytes()``: blocks of rows, the window in the numerics' activation type (BF16
-    for official, 4 bytes for float32), raw rows in float32, and the cuts that make rewinding cheap,
-    in which the window is stored as rows are. ``extend_passes`` gives the passes of one ``extend``.
+    for official, 4 bytes for float32), raw rows in float32, room for some more of both, and the
+    cuts that make rewinding cheap, in which the window is stored as rows are. ``extend_passes``
+    gives the passes of one ``extend``.
     Raises ConfigError for other numerics.
     """
     if numerics not in ITEM_BYTES:
         raise ConfigError("no such numerics", expected=" or ".join(ITEM_BYTES), got=numerics)
     item, width = ITEM_BYTES[numerics], config.head_dim
     stored = entry_bytes(config) if numerics == "official" else item * width
-    length, cuts = 0, dict[int, int]()
+    passes, length, cuts = list(passes), 0, dict[int, int]()
 
-    def windows(tokens: int, row: int) -> int:
-        return config.num_hidden_layers * min(tokens, config.sliding_window - 1) * row
+    def window(tokens: int) -> int:
+        return min(tokens, config.sliding_window - 1)
 
-    dense = max(DENSE_LEAST, DENSE_BYTES // (windows(GRAIN, stored) + _raw_bytes(config, GRAIN)))
+    def cut(tokens: int) -> int:
+        raw = _raw_bytes(config, lambda ratio: _waiting(ratio, tokens))
+        return config.num_hidden_layers * window(tokens) * stored + raw
+
+    dense = max(DENSE_LEAST, DENSE_BYTES // cut(GRAIN))
     for tokens in passes:
         first, length = length // GRAIN + 1, length + tokens
         for at in range(first * GRAIN, length + 1, GRAIN):
-            cuts[at] = windows(at, stored) + _raw_bytes(config, at)
+            cuts[at] = cut(at)
         for at in list(cuts):
             stride = 1 << ((length - at) // GRAIN // dense).bit_length()
             if at // GRAIN % stride:
@@ -125,7 +150,9 @@ def session_bytes(config: V4Config, passes: Iterable[int], numerics: str = "offi
     if not length:
         return 0
     blocks = -(-length // GRAIN) * block_bytes(config, numerics)
-    return blocks + windows(length, item * width) + _raw_bytes(config, length) + sum(cuts.values())
+    windows = config.num_hidden_layers * _room(passes, window) * item * width
+    raw = _raw_bytes(config, lambda r: _room(passes, lambda tokens: _waiting(r, tokens)))
+    return blocks + windows + raw + sum(cuts.values())
 
 
 def extend_passes(length: int, tokens: int, chunk: int = 512) -> Iterator[int]:
