@@ -101,10 +101,11 @@ def test_tapes_outlive_what_was_made_for_one_call() -> None:
 
     tapes = kernels.Tapes()
     with torch.no_grad():
-        for seed in range(20):
+        for seed in range(8):
             x = activations(1, 128, F32, seed)
             assert torch.equal(tapes.run("key", "name", step, [x])[0], step(x)[0])
-            gc.collect()
+            if seed == 0:
+                gc.collect()
     assert not tapes.foreign
 
 
