@@ -219,7 +219,7 @@ def test_the_least_recently_used_goes_when_there_is_too_much(disk: Open) -> None
     tier = disk(budget=40_000)
     for i in range(12):
         save(tier, [i, *TEXT[:300]])
-        time.sleep(0.002)  # file times
+        time.sleep(0.02)  # file times, which the clock of the system rounds
         assert right(tier.find([0, *TEXT], 0, []), [0, *TEXT]) == 301
     assert right(tier.find([11, *TEXT], 0, []), [11, *TEXT]) == 301
     assert tier.find([1, *TEXT], 0, []) is None
@@ -232,7 +232,7 @@ def test_cuts_between_others_make_room_first(disk: Open) -> None:
         cuts = [timeline(tokens, at)[1] for at in range(16, len(tokens) + 1, 16)]
         tier.save(tokens, blocks, cuts, [len(tokens)])
         tier.flush()
-        time.sleep(0.002)  # file times
+        time.sleep(0.02)  # file times, which the clock of the system rounds
 
     tier = disk(budget=200_000)
     texts = [[i, *TEXT[: 5 * GRAIN - 1]] for i in range(6)]
@@ -242,9 +242,10 @@ def test_cuts_between_others_make_room_first(disk: Open) -> None:
     for text in texts[1:]:
         save_dense(text)
     ends = [right(tier.find([*text, 1], 0, []), text) for text in texts]
-    edits = [right(tier.find([*text[:edit], 1, 1], 0, []), text) for text in texts]
+    # of those between, any cut may be what is left
+    edits = [right(tier.find([*text[:edit], 1, 1], 0, []), text) for text in (texts[0], texts[-1])]
     assert ends == [5 * GRAIN] * 6  # as before, for as many timelines
-    assert edits[0] == 0 and edits[-1] == 3 * GRAIN
+    assert edits == [0, 3 * GRAIN]
     files = list(tier.folder.iterdir())
     between = sum(p.stat().st_size for p in files if p.suffix == ".between")
     assert between > 50_000 and sum(p.stat().st_size for p in files) <= 200_000
