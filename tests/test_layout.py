@@ -31,7 +31,7 @@ tokenizer
 encoding
 completion
 model
-protocols numerics
+protocols numerics rotary
 kernels
 packing
 formats

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dsv4
 from dsv4 import kernels, quant
-from dsv4.model import rotary_frequencies
+from dsv4.rotary import rotary_frequencies
 
 VECTORS = Path(__file__).parents[2] / "shared" / "vectors"
 SETS = ("flash-like", "pro-like")

@@ -19,7 +19,6 @@ report sections 2.1-2.4, the published inference code; letters in shapes: ``kern
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kernels, quant
+from . import kernels, quant, rotary
 from .config import V4Config
 from .errors import ConfigError, TrainingError
-from .kernels import Rows, Stored, reference
+from .kernels import Rows, Stored, looking, reference
 from .numerics import FLOAT32, Numerics
 from .packing import Packing
 from .protocols import AttentionState, ExpertSource
@@ -53,6 +52,7 @@ class Pass:
     states: Sequence[AttentionState] | None = None  # one per layer; None: no past, nothing kept
     parts: Sequence[Pass] = ()  # ids [1, N] are the new tokens of several timelines
     tapes: kernels.Tapes | None = None  # on which steps of passes of as many tokens may be
+    places: Tensor | None = None  # of one new token of each timeline: see ``kernels.looking``
     # training only:
     packing: Packing | None = None  # ids [1, N] are samples, each seen alone
     dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
@@ -60,27 +60,27 @@ class Pass:
     routes: Mapping[nn.Module, Tensor] | None = None  # experts [N, K] that each Gate has to take
     noted: Noted | None = None  # what losses want to know
     _rotations: dict[tuple[bool, int, int, int], Tensor] = field(default_factory=dict)
+    shared: dict[Any, Tensor] = field(default_factory=dict)  # of each token, for several layers
 
     def rotation(self, compressed: bool, start: int, count: int, step: int = 1) -> Tensor:
         """Cosines and sines ``[count, rope / 2, 2]`` for positions start, start + step, ..."""
         key = (compressed, start, count, step)
         if key not in self._rotations:
-            freqs = rotary_frequencies(self.config, compressed).to(self.ids.device)
-            positions = torch.arange(count, device=self.ids.device) * step + start
-            angles = torch.outer(positions.float(), freqs)
-            self._rotations[key] = torch.stack((angles.cos(), angles.sin()), -1)
+            made = rotary.rotation(self.config, compressed, start, count, step)
+            self._rotations[key] = made.to(self.ids.device)
         return self._rotations[key]
 
-    def turn(self, compressed: bool) -> Tensor:
-        """The rotation of each new token, ``[T, rope / 2, 2]``."""
-        if self.parts:
-            key = (compressed, -1, 0, 0)
-            if key not in self._rotations:
-                self._rotations[key] = torch.cat([part.turn(compressed) for part in self.parts])
-            return self._rotations[key]
-        if self.packing is None:
-            return self.rotation(compressed, self.start, self.ids.shape[1])
-        return self.rotation(compressed, 0, self.packing.longest)[self.packing.positions]
+    def turn(self, compressed: bool, ratio: int = 1) -> Tensor:
+        """The rotation of each new token, ``[T, rope / 2, 2]``; with ``ratio``, of one token of
+        each timeline, that of the block that it is in."""
+        if self.packing is not None:
+            return self.rotation(compressed, 0, self.packing.longest)[self.packing.positions]
+        key = (compressed, ratio)
+        if key not in self.shared:
+            some = [part.rotation(compressed, part.start // ratio * ratio, part.ids.shape[1])
+                    for part in self.parts or [self]]
+            self.shared[key] = torch.cat(some) if len(some) > 1 else some[0]
+        return self.shared[key]
 
     def by_token(
         self, step: Callable[..., tuple[Tensor, ...]], *given: Tensor
@@ -132,39 +132,6 @@ class Continued(NamedTuple):
     ids: Sequence[int]
     start: int
     states: Sequence[AttentionState]
-
-
-@functools.lru_cache(maxsize=32)
-def _frequencies(
-    dim: int, theta: float, factor: float, original: int, fast: float, slow: float
-) -> Tensor:
-    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if factor == 1:
-        return freqs
-
-    def channel(turns: float) -> float:  # the channel that turns so often in `original` positions
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(channel(fast)), 0)
-    high = min(math.ceil(channel(slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
-    keep = 1 - ramp.clamp(0, 1)
-    return freqs / factor * (1 - keep) + freqs * keep
-
-
-def rotary_frequencies(config: V4Config, compressed: bool) -> Tensor:
-    """Angles per position, ``[rope / 2]``: YaRN with its own theta where there is a compressor."""
-    if not compressed:
-        return _frequencies(config.qk_rope_head_dim, config.rope_theta, 1.0, 0, 0.0, 0.0)
-    s = config.rope_scaling
-    return _frequencies(
-        config.qk_rope_head_dim,
-        config.compress_rope_theta,
-        float(s.factor),
-        s.original_max_position_embeddings,
-        float(s.beta_fast),
-        float(s.beta_slow),
-    )
 
 
 # ---------------------------------------------------------------- parameters
@@ -249,30 +216,23 @@ class Compressor(nn.Module):
         self, kv: Tensor, gate: Tensor, run: Pass, state: AttentionState | None
     ) -> Rows:
         """All entries ``[B, R, dim]`` after the tokens that ``project`` made ``kv, gate`` of."""
-        if state is not None:
-            return self.each(kv, gate, [run], [state])[0]
-        entries = kernels.compress(kv, gate, self.ape, self.ratio, self.overlap)
-        return self.finished(entries, run) if entries.shape[1] else entries.to(run.nx.dtype)
+        if state is None:
+            entries = kernels.compress(kv, gate, self.ape, self.ratio, self.overlap)
+            return self.finished(entries, run) if entries.shape[1] else entries.to(run.nx.dtype)
+        span = state.raw(self.which, kv, self.ratio, self.overlap)
+        kernels.raw_rows(span, run.start, kv, gate, self.ape)
+        new = state.blocks(self.which, self.ratio)
+        if new is not None:
+            raw, weights = new.chunk(2, -1)
+            new = self.finished(kernels.pool(raw, weights, self.ratio, self.overlap), run)
+        return state.rows(self.which, new)
 
-    def each(
-        self, kv: Tensor, gate: Tensor, parts: Sequence[Pass], states: Sequence[AttentionState]
-    ) -> list[Rows]:
-        """``forward`` for timelines whose new tokens are those of ``parts`` in turn."""
-        ratio = self.ratio
-        some = [kv] if len(parts) == 1 else kv.split([part.ids.shape[1] for part in parts], 1)
-        spans = [
-            state.raw(self.which, part, ratio, self.overlap)
-            for state, part in zip(states, some, strict=True)
-        ]
-        kernels.raw_rows(spans, [part.start for part in parts], kv, gate, self.ape)
-        tables = []
-        for part, state in zip(parts, states, strict=True):
-            new = state.blocks(self.which, ratio)
-            if new is not None:
-                raw, weights = new.chunk(2, -1)
-                new = self.finished(kernels.pool(raw, weights, ratio, self.overlap), part)
-            tables.append(state.rows(self.which, new))
-        return tables
+    def each(self, kv: Tensor, gate: Tensor, run: Pass, state: AttentionState) -> looking.Pooled:
+        """What ``kernels.looking`` has to know to do the same for one token of each timeline."""
+        return looking.Pooled(
+            kv, gate, self.ape, self.dim, self.overlap, self.norm.weight, self.norm.eps,
+            run.turn(True, self.ratio), *state.table(self.which),
+        )
 
     def finished(self, entries: Tensor, run: Pass) -> Tensor:
         """Pooled blocks of a timeline as they are kept: normed, turned and rounded."""
@@ -323,7 +283,7 @@ class Indexer(nn.Module):
         self, x: Tensor, q_latent: Tensor, turn: Tensor, run: Pass
     ) -> tuple[Tensor, ...]:
         """Of each token: the compressor's two inputs and, unless all entries fit in the top-k,
-        queries ``[B, T, H, D]`` and, before scaling, weights of the heads ``[B, T, H]``.
+        queries ``[B, T, H, D]`` and weights of the heads ``[B, T, H]``.
 
         No gradient goes from the indexer to the layers before it."""
         x, q_latent = x.detach(), q_latent.detach()
@@ -332,11 +292,7 @@ class Indexer(nn.Module):
             return pooled
         q = self.wq_b(q_latent, run.nx).unflatten(-1, (self.heads, self.dim))
         q = fp4_rotated(kernels.rope(q, turn.unsqueeze(-3)), run.nx)
-        return *pooled, q, self.weights_proj(x, run.nx)
-
-    def query(self, projected: Sequence[Tensor]) -> list[Tensor]:
-        """Queries and weights of what all was projected for compressor and indexer, if any."""
-        return [*projected[4:5], *(w * self.scale for w in projected[5:])]
+        return *pooled, q, kernels.scaled(self.weights_proj(x, run.nx), self.scale)
 
     def choose(self, keys: Rows, query: Sequence[Tensor], run: Pass) -> Tensor | None:
         """Entries to attend to, ``[B, T, k]``; None while all visible ones fit in the top-k."""
@@ -393,7 +349,7 @@ class Attention(nn.Module):
     def look(self, tokens: Sequence[Tensor], run: Pass, layer: int) -> Tensor:
         """All that looks across tokens, which ``project`` gave: outputs ``[B, T, H, D]``."""
         losses: Sequence[Tensor] = ()
-        if run.tapes is not None and all(part.ids.shape[1] == 1 for part in run.parts or [run]):
+        if run.places is not None:
             out = self.look_each(tokens, run, layer)
         elif run.parts:
             lengths = [part.ids.shape[1] for part in run.parts]
@@ -412,21 +368,17 @@ class Attention(nn.Module):
     def look_each(self, tokens: Sequence[Tensor], run: Pass, layer: int) -> Tensor:
         """``look`` for one new token of each timeline, at once."""
         q, kv, *projected = tokens
-        parts = run.parts or [run]
-        states = [part.states[layer] for part in parts if part.states is not None]
-        rows: list[Rows | None] = [None] * len(parts)
-        chosen: list[Tensor | None] = [None] * len(parts)
+        state = (run.parts or [run])[0].state(layer)
+        assert state is not None and run.places is not None
+        pooled, query = [], None
         if self.compressor is not None:
-            rows = [*self.compressor.each(projected[0], projected[1], parts, states)]
+            pooled.append(self.compressor.each(*projected[:2], run, state))
         if self.indexer is not None:
-            keys = self.indexer.compressor.each(projected[2], projected[3], parts, states)
-            query = self.indexer.query(projected)
-            for i, part in enumerate(parts):
-                one = [t[:, i : i + 1] for t in query]
-                chosen[i] = self.indexer.choose(keys[i], one, part)
-        return kernels.attention_each(
-            q, kv, [state.window(kv[:, :1]) for state in states], rows, chosen, self.attn_sink,
-            [part.start for part in parts], dtype=run.nx.dtype, **self.how,
+            pooled.append(self.indexer.compressor.each(*projected[2:4], run, state))
+            if len(projected) > 4:
+                query = projected[4], projected[5], self.indexer.topk
+        return looking.look_each(
+            q, kv, run.places, layer, pooled, query, self.attn_sink, **self.how
         )
 
     def output(self, out: Tensor, turn: Tensor, run: Pass) -> Tensor:
@@ -482,7 +434,7 @@ class Attention(nn.Module):
             return rows, None, []
         with run.indexing():
             keys = self.indexer.compressor(*projected[2:4], run, state)
-        query = self.indexer.query(projected)
+        query = projected[4:6]
         chosen = self.indexer.choose(keys, query, run)
         if not run.trains_indexers:
             return rows, chosen, []
@@ -517,7 +469,9 @@ class Gate(nn.Module):
     def given(self, run: Pass) -> tuple[Tensor, ...]:
         """Experts ``[N, K]`` that do not depend on scores, if there are any."""
         if self.tid2eid is not None:
-            return (self.tid2eid[run.ids.flatten()],)
+            if self not in run.shared:
+                run.shared[self] = self.tid2eid[run.ids.flatten()]
+            return (run.shared[self],)
         return () if run.routes is None else (run.routes[self],)
 
     def forward(self, x: Tensor, run: Pass, given: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -656,10 +610,16 @@ class Block(nn.Module):
         """Streams ``[B, T, h, d]`` -> the same. ``layer``: which of the pass's states is its."""
         if run.recompute:
             return self._recomputed(streams, run, layer)
-        turn, given = run.turn(self.attn.ratio > 0), self.ffn.gate.given(run)
+        turn, given = self.alongside(run)
         post, comb, *tokens = run.by_token(self.before, streams, turn)
         out = self.attn.look(tokens, run, layer)
         return run.by_token(self.after, out, turn, streams, post, comb, *given)[0]
+
+    def alongside(self, run: Pass) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Of each token, beside its streams: its rotation, and experts that are given."""
+        if run.places is not None and self.attn.ratio:
+            run.turn(True, self.attn.ratio)  # for the compressors
+        return run.turn(self.attn.ratio > 0), self.ffn.gate.given(run)
 
     def _recomputed(self, streams: Tensor, run: Pass, layer: int) -> Tensor:
         """``forward`` that keeps its input alone, and is done again for the gradient."""
@@ -760,6 +720,7 @@ class Transformer(_Collapsing):
         # the context of a pass over ids, where experts have a source
         self.reading: Callable[[Tensor], AbstractContextManager[None]] | None = None
         self.tapes = kernels.Tapes()
+        self._looking: dict[Numerics, bool] = {}
 
     # ------------------------------------------------------------ forward
 
@@ -792,19 +753,41 @@ class Transformer(_Collapsing):
         """
         few = sum(len(t.ids) for t in timelines) <= kernels.FEW and self.reading is None
         tapes = self.tapes if few and kernels.NATIVE else None
+        places = None
+        if tapes is not None and self._looks_each(nx) and all(
+            len(t.ids) == 1 and all(state.begun for state in t.states) for t in timelines
+        ):
+            places = torch.tensor([
+                [t.start, *(number for state in t.states for number in state.place())]
+                for t in timelines
+            ])  # fmt: skip
         parts = [
             Pass(self.config, nx, torch.tensor([t.ids]), t.start, t.states, tapes=tapes)
             for t in timelines
         ]
         if len(parts) == 1:
+            parts[0].places = places
             return parts[0]
         ids = torch.cat([part.ids for part in parts], 1)
-        return Pass(self.config, nx, ids, 0, parts=parts, tapes=tapes)
+        return Pass(self.config, nx, ids, 0, parts=parts, tapes=tapes, places=places)
+
+    def _looks_each(self, nx: Numerics) -> bool:
+        """Whether ``kernels.looking`` takes what attention makes in these numerics."""
+        if nx not in self._looking:
+            c = self.config
+            others = [t for name, t in self.named_parameters() if name.endswith((".ape", "_sink"))]
+            self._looking[nx] = looking.takes(nx.dtype, c.head_dim, c.qk_rope_head_dim,
+                                              c.index_head_dim, others)  # fmt: skip
+        return self._looking[nx]
 
     def trunk(self, run: Pass, keep: list[Tensor] | None = None) -> Tensor:
         """Streams ``[B, T, h, d]`` after the last block; ``keep`` collects those after each."""
         streams: Tensor = self.embed(run.ids, run.nx.dtype).unsqueeze(2)
         streams = streams.expand(-1, -1, self.config.hc_mult, -1)
+        if run.places is not None and keep is None:
+            for layer in self.layers:
+                layer.alongside(run)
+            return run.by_token(self._each, streams, run.places, *run.shared.values())[0].clone()
         with self.reading(run.ids) if self.reading is not None else nullcontext():
             for i, layer in enumerate(self.layers):
                 streams = layer(streams, run, i)
@@ -812,9 +795,24 @@ class Transformer(_Collapsing):
                     keep.append(streams)
         return streams if run.tapes is None else streams.clone()
 
+    def _each(
+        self, run: Pass, streams: Tensor, places: Tensor, *shared: Tensor
+    ) -> tuple[Tensor]:
+        """All blocks, for one new token of each timeline."""
+        given = dict(zip(run.shared, shared, strict=True))
+        run = replace(run, tapes=None, places=places, shared=given)
+        for i, layer in enumerate(self.layers):
+            streams = layer(streams, run, i)
+        return (streams,)
+
     def logits(self, streams: Tensor, run: Pass, targets: Tensor | None = None) -> Tensor:
         """Next-token logits ``[..., V]`` (float32) of streams; or of ``targets [N]`` the loss."""
-        return self.collapse(streams, run, self.head, targets)
+        if targets is not None or run.tapes is None or len(streams) != run.ids.shape[1]:
+            return self.collapse(streams, run, self.head, targets)
+        return run.by_token(self._logits, streams)[0].clone()
+
+    def _logits(self, run: Pass, streams: Tensor) -> tuple[Tensor]:
+        return (self.collapse(streams, run, self.head, None),)
 
     def mtp_streams(self, streams: Tensor, run: Pass) -> Tensor:
         """The MTP block's streams ``[B, T - 1, h, d]``; ``run`` made the trunk's ``streams``.
@@ -873,3 +871,4 @@ class Transformer(_Collapsing):
             if isinstance(module, MoE):
                 module._frozen.clear()
         self.tapes.clear()
+        self._looking.clear()

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .kernels import Rows, Span
+from .kernels import RowFormat, Rows, Span
+from .kernels.looking import Place
 
 
 class AttentionState(Protocol):
@@ -25,6 +26,16 @@ class AttentionState(Protocol):
 
     def rows(self, which: str, new: Tensor | None) -> Rows:
         """Append compressed rows, if there are any; return all of them."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether there has been a token, so that ``place`` can be asked."""
+
+    def place(self) -> Place:
+        """In place of all of the above, for one token that native kernels take care of."""
+
+    def table(self, which: str) -> tuple[int, int, RowFormat]:
+        """Where rows begin in a block of 128 tokens, how many it has, and how they are stored."""
 
 
 class ExpertSource(Protocol):

@@ -29,6 +29,7 @@ from .. import kernels
 from ..config import V4Config
 from ..errors import DSV4Error
 from ..kernels import PagedRows, RowFormat, Span
+from ..kernels.looking import Place
 from ..model import no_block_before
 from ..numerics import Numerics
 
@@ -134,13 +135,14 @@ class Tail:
     has the same rows, went on there first.
     """
 
-    __slots__ = ("_room", "_taken", "begin", "end", "seen")
+    __slots__ = ("_address", "_bytes", "_room", "_taken", "begin", "end", "seen")
 
     def __init__(self, rows: Tensor) -> None:
         self._hold(rows, rows.shape[1])
 
     def _hold(self, room: Tensor, count: int) -> None:
         self._room, self._taken = room, [count]  # how many rows someone has: shared with forks
+        self._address, self._bytes = room.data_ptr(), room.shape[2] * room.itemsize
         self.begin = self.seen = 0  # the first row that is kept; the first that the last pass saw
         self.end = count
 
@@ -150,6 +152,9 @@ class Tail:
 
     def rows(self, begin: int, end: int) -> Tensor:
         return self._room[:, begin:end]
+
+    def address(self, row: int) -> int:
+        return self._address + row * self._bytes
 
     def grow(self, count: int) -> Span:
         """Where the next ``count`` rows are to be written; a pass begins."""
@@ -211,9 +216,31 @@ class LayerState:
         if tail is None:
             none = no_block_before(kv, ratio)
             tail = self._tails[which] = Tail(none if overlap else none[:, :0])
-        span, whole = tail.grow(kv.shape[1]), tail.end - (tail.end - tail.seen) % ratio
+        return self._grow(tail, kv.shape[1], ratio)
+
+    def _grow(self, tail: Tail, count: int, ratio: int) -> Span:
+        """Room for so many raw rows."""
+        span, whole = tail.grow(count), tail.end - (tail.end - tail.seen) % ratio
         tail.begin = max(tail.seen, whole - self._before)
         return span
+
+    @property
+    def begun(self) -> bool:
+        return bool(self._tails)
+
+    def place(self) -> Place:
+        window, at, ratio = self._tails["window"], [0, 0], self._owner.layout.ratios[self._layer]
+        window.window(1, self._keep)
+        for i, which in enumerate(("kv", "index")):
+            tail = self._tails.get(which)
+            if tail is not None:
+                self._grow(tail, 1, ratio)
+                at[i] = tail.address(tail.end - 1)
+        entries, blocks = window.end - window.seen, self._owner.addresses.data_ptr()
+        return Place(window.address(window.seen), entries, blocks, *at)
+
+    def table(self, which: str) -> tuple[int, int, RowFormat]:
+        return self._owner.layout.tables[self._layer, which]
 
     def blocks(self, which: str, ratio: int) -> Tensor | None:
         tail = self._tails[which]

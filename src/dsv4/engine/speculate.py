@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..config import V4Config
-from ..kernels import Rows, Span
+from ..kernels import RowFormat, Rows, Span
+from ..kernels.looking import Place
 from .kvstate import Tail
 
 WARM = 16  # tokens of a timeline that the block sees before its first guess
@@ -81,6 +82,19 @@ class Trail:
         if self._window is None:
             self._window = Tail(kv[:, :0])
         return self._window.window(kv.shape[1], self._keep)
+
+    @property
+    def begun(self) -> bool:
+        return self._window is not None
+
+    def place(self) -> Place:
+        assert self._window is not None
+        self._window.window(1, self._keep)
+        first, end = self._window.seen, self._window.end
+        return Place(self._window.address(first), end - first)
+
+    def table(self, which: str) -> tuple[int, int, RowFormat]:
+        raise NotImplementedError("the MTP block has no compressor")
 
     def raw(self, which: str, kv: Tensor, ratio: int, overlap: bool) -> Span:
         raise NotImplementedError("the MTP block has no compressor")

@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..quant import E4M3, E8M0
 from . import _native, reference
 from ._native import stay_awake as stay_awake
+from .looking import PACKED
 from .reference import Matrices, Span, Stored
 from .rows import PagedRows, Rows
 from .threads import threads
@@ -37,7 +38,7 @@ FORMATS = {torch.int8: 0, torch.uint8: 0, E4M3: 1, torch.bfloat16: 2, torch.floa
 KERNELS = (
     "linear", "grouped_linear", "head", "routed_experts", "rms_norm", "rope", "fp8_round",
     "hadamard_fp4", "hc_read", "hc_head", "hc_expand", "sinkhorn", "raw_rows", "store", "pool",
-    "route", "swiglu", "add", "attention", "attention_each", "index_topk", "checksum",
+    "route", "swiglu", "add", "scaled", "attention", "index_topk", "checksum",
 )  # what is here and in the table
 BF16, F32 = torch.bfloat16, torch.float32
 FP4 = (torch.int8, torch.uint8)  # two codes in each
@@ -330,6 +331,16 @@ def hadamard_fp4(x: Tensor) -> Tensor:
     return out
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """See ``reference.scaled``."""
+    if not _plain(x):
+        return reference.scaled(x, factor)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _native.scaled(x.data_ptr(), x.dtype == BF16, x.numel(), factor, out.data_ptr(), threads())
+    return out
+
+
 # ---------------------------------------------------------------- hyper-connections, pooling
 
 
@@ -404,22 +415,16 @@ def sinkhorn(comb: Tensor, iters: int, eps: float) -> Tensor:
     return out
 
 
-def raw_rows(
-    spans: Sequence[Span], starts: Sequence[int], kv: Tensor, gate: Tensor, bias: Tensor
-) -> None:
+def raw_rows(span: Span, start: int, kv: Tensor, gate: Tensor, bias: Tensor) -> None:
     """See ``reference.raw_rows``."""
     plain = _plain(kv, gate, bias) and kv.dtype == gate.dtype == bias.dtype == F32
     if not plain or not (kv.is_contiguous() and gate.is_contiguous() and bias.is_contiguous()):
-        return reference.raw_rows(spans, starts, kv, gate, bias)
+        return reference.raw_rows(span, start, kv, gate, bias)
     width = kv.shape[2]
-    places = [(span.room.data_ptr() + span.first * 8 * width, span.length, start)
-              for span, start in zip(spans, starts, strict=True)]
     _native.raw_rows(
-        places, kv.data_ptr(), gate.data_ptr(), width, bias.data_ptr(), bias.shape[0], threads()
-    )
-
-
-PACKED = {None: 0, "entry": 1, "key": 2}
+        span.room.data_ptr() + span.first * 8 * width, span.length, start, kv.data_ptr(),
+        gate.data_ptr(), width, bias.data_ptr(), bias.shape[0], threads(),
+    )  # fmt: skip
 
 
 def store(rows: Tensor, table: PagedRows, first: int) -> None:
@@ -491,41 +496,6 @@ def attention(
             sink.data_ptr(), start, ratio, scale, out[b].data_ptr(), threads(),
         )  # fmt: skip
         del kept_alive
-    return out
-
-
-def attention_each(
-    q: Tensor, kv: Tensor, windows: Sequence[Span], rows: Sequence[Rows | None],
-    chosen: Sequence[Tensor | None], sink: Tensor, starts: Sequence[int], *, ratio: int,
-    width: int, scale: float, dtype: torch.dtype,
-) -> Tensor:
-    """See ``reference.attention_each``."""
-    heads, dim = q.shape[2:]
-    fit = all(
-        table is None or ((start + 1) // ratio <= table.shape[1] and _fits(table, dtype))
-        for table, start in zip(rows, starts, strict=True)
-    )
-    if dim % 32 or not fit or not q.dtype == kv.dtype == dtype or not _plain(q, kv, sink):
-        return reference.attention_each(
-            q, kv, windows, rows, chosen, sink, starts, ratio=ratio, width=width, scale=scale,
-            dtype=dtype,
-        )  # fmt: skip
-    q, kv, sink = q.contiguous(), kv.contiguous(), sink.float().contiguous()
-    out, size = torch.empty_like(q), dim * q.element_size()
-    looks, kept_alive = [], []
-    for window, table, picked, start in zip(windows, rows, chosen, starts, strict=True):
-        pieces, kept, alive = _pieces(table, 0)
-        where, k = 0, 0
-        if picked is not None:
-            picked = picked.contiguous()
-            where, k = picked.data_ptr(), picked.shape[-1]
-        near = window.room.data_ptr() + window.first * size
-        looks.append((near, window.length - 1, pieces, kept, where, k, start))
-        kept_alive.append((alive, picked))
-    _native.attention_each(
-        q.data_ptr(), dtype == BF16, heads, dim, kv.data_ptr(), looks, width, sink.data_ptr(),
-        ratio, scale, out.data_ptr(), threads(),
-    )  # fmt: skip
     return out
 
 

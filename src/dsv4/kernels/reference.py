@@ -297,21 +297,15 @@ class Span(NamedTuple):
         return self.room[:, self.first : self.first + self.length]
 
 
-def raw_rows(
-    spans: Sequence[Span], starts: Sequence[int], kv: Tensor, gate: Tensor, bias: Tensor
-) -> None:
-    """Write raw compressor rows, float32, to the spans in turn.
+def raw_rows(span: Span, start: int, kv: Tensor, gate: Tensor, bias: Tensor) -> None:
+    """Write raw compressor rows, float32, to the span; ``start`` is the first one's position.
 
-    A row is ``kv [1, N, W]`` beside the logits ``gate [1, N, W]``, to which the ``bias
-    [ratio, W]`` of its position in its block is added; ``starts``: the spans' first positions.
+    A row is ``kv [1, T, W]`` beside the logits ``gate [1, T, W]``, to which the ``bias
+    [ratio, W]`` of its position in its block is added.
     """
-    ratio, at = bias.shape[0], 0
-    for span, start in zip(spans, starts, strict=True):
-        new = slice(at, at + span.length)
-        added = wide(bias).roll(-start % ratio, 0).repeat(-(-span.length // ratio), 1)
-        logits = wide(gate[:, new]) + added[: span.length]
-        span.rows.copy_(torch.cat((wide(kv[:, new]), logits), -1))
-        at += span.length
+    ratio = bias.shape[0]
+    added = wide(bias).roll(-start % ratio, 0).repeat(-(-span.length // ratio), 1)
+    span.rows.copy_(torch.cat((wide(kv), wide(gate) + added[: span.length]), -1))
 
 
 def store(rows: Tensor, table: PagedRows, first: int) -> None:
@@ -547,27 +541,6 @@ class _Block(NamedTuple):
     far: slice | Tensor  # of the compressed rows
     hidden: Tensor | None  # [n, S] or [B, n, S]: what a query may not see of near and far
     sparse: bool  # each query sees few of the rows, other ones
-
-
-def attention_each(
-    q: Tensor, kv: Tensor, windows: Sequence[Span], rows: Sequence[Rows | None],
-    chosen: Sequence[Tensor | None], sink: Tensor, starts: Sequence[int], *, ratio: int,
-    width: int, scale: float, dtype: torch.dtype,
-) -> Tensor:
-    """``attention`` of one token of each of N timelines, ``q [1, N, H, D]`` -> the same.
-
-    ``windows``: of each timeline, the last row of which is where its entry of ``kv [1, N, D]``
-    is written first.
-    """
-    done = []
-    for i, window in enumerate(windows):
-        window.rows[:, -1] = kv[:, i]
-        done.append(attention(
-            q[:, i : i + 1], window.rows, rows[i], chosen[i], sink, start=starts[i], ratio=ratio,
-            width=width, scale=scale, dtype=dtype,
-        ))  # fmt: skip
-    return torch.cat(done, 1)
-
 
 
 def query_blocks(
@@ -823,6 +796,11 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = N
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (F.silu(gate) * up).to(dtype or gate.dtype)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """``x`` times a number."""
+    return x * factor
 
 
 def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:

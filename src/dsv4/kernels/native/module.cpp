@@ -100,23 +100,18 @@ void sinkhorn(uintptr_t comb, int64_t rows, int64_t h, int64_t iters, float eps,
   by_rows(current()->sinkhorn, job, rows, iters * h * h, threads);
 }
 
-// To each span (address, count, first position) its rows.
-void raw_rows(const std::vector<std::tuple<uintptr_t, int64_t, int64_t>>& spans, uintptr_t kv,
-              uintptr_t gate, int64_t width, uintptr_t bias, int64_t ratio, int threads) {
-  int64_t before = 0;  // rows of earlier spans
-  for (auto [to, count, start] : spans) {
-    auto some = [&, to = to, count = count, start = start](int64_t part) {
-      for (int64_t i = part * 16; i < std::min(count, part * 16 + 16); i++) {
-        float* row = at<float>(to) + i * 2 * width;
-        const float* logits = at<float>(gate) + (before + i) * width;
-        const float* added = at<float>(bias) + (start + i) % ratio * width;
-        std::memcpy(row, at<float>(kv) + (before + i) * width, width * sizeof(float));
-        for (int64_t c = 0; c < width; c++) row[width + c] = logits[c] + added[c];
-      }
-    };
-    parallel(threads, (count + 15) / 16, some);
-    before += count;
-  }
+void raw_rows(uintptr_t to, int64_t count, int64_t start, uintptr_t kv, uintptr_t gate,
+              int64_t width, uintptr_t bias, int64_t ratio, int threads) {
+  auto some = [&](int64_t part) {
+    for (int64_t i = part * 16; i < std::min(count, part * 16 + 16); i++) {
+      float* row = at<float>(to) + i * 2 * width;
+      const float* logits = at<float>(gate) + i * width;
+      const float* added = at<float>(bias) + (start + i) % ratio * width;
+      std::memcpy(row, at<float>(kv) + i * width, width * sizeof(float));
+      for (int64_t c = 0; c < width; c++) row[width + c] = logits[c] + added[c];
+    }
+  };
+  parallel(threads, (count + 15) / 16, some);
 }
 
 void store(uintptr_t rows, bool is_bf16, int64_t count, int64_t width, int packed, int64_t kept,
@@ -214,26 +209,6 @@ void attention(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_
   attend({job}, queries, threads);
 }
 
-// What a token sees: its window, the entries in it before its own, the rows, how they are packed,
-// which of them, how many of these, and its position.
-using Look = std::tuple<uintptr_t, int64_t, Pieces, int64_t, uintptr_t, int64_t, int64_t>;
-
-void attention_each(uintptr_t q, bool is_bf16, int64_t heads, int64_t width_of_head, uintptr_t kv,
-                    const std::vector<Look>& looks, int64_t width, uintptr_t sink, int64_t ratio,
-                    float scale, uintptr_t out, int threads) {
-  const int64_t entry = width_of_head * (is_bf16 ? 2 : 4);
-  std::vector<Attention> jobs;
-  for (auto [window, earlier, rows, kept, chosen, k, start] : looks) {
-    const int64_t i = (int64_t)jobs.size();
-    std::memcpy(at<char>(window) + earlier * entry, at<char>(kv) + i * entry, entry);
-    jobs.push_back({at<char>(q) + i * heads * entry, at<void>(window), table_of(rows), kept,
-                    at<int64_t>(chosen), at<float>(sink), at<char>(out) + i * heads * entry, heads,
-                    width_of_head, earlier, width, start, ratio, k, scale, is_bf16,
-                    current()->multiplies_pairs()});
-  }
-  attend(jobs, 1, threads);
-}
-
 void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64_t width,
                 Pieces keys, bool packed, uintptr_t weights, int64_t start, int64_t ratio, int64_t k,
                 uintptr_t out, int threads) {
@@ -285,6 +260,89 @@ void index_topk(uintptr_t q, bool is_bf16, int64_t queries, int64_t heads, int64
   parallel(threads, queries, select);
 }
 
+// How raw compressor rows of a token become an entry of a table: its two projections [N, w] (w: the
+// entry's width, twice that where blocks overlap) and the bias [ratio, w], the entry's width, whether
+// blocks overlap; norm, whether it is bfloat16, its epsilon; the rotation of each token's block and
+// how many channels it turns; how entries are stored (StoredAs) and where (offset and each of Table).
+using Pooled = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, bool, uintptr_t, bool, float,
+                          uintptr_t, int64_t, int, int64_t, int64_t, int64_t, int64_t>;
+
+// The raw row of token i of a pass and, where its block is whole now, the entry.
+void leave(const Pooled& pooled, bool is_bf16, int64_t i, int64_t position, int64_t ratio,
+           uintptr_t raw, uintptr_t addresses) {
+  auto [kv, gate, bias, width, overlap, weight, weight_bf16, eps, rotation, turned, packed, kept,
+        bytes, offset, each] = pooled;
+  const Isa* isa = current();
+  const int64_t across = width * (1 + overlap), element = is_bf16 ? 2 : 4;
+  raw_rows(raw, 1, position, kv + 4 * i * across, gate + 4 * i * across, across, bias, ratio, 1);
+  if ((position + 1) % ratio != 0) return;
+  const float* first = at<float>(raw) - (ratio * (1 + overlap) - 1) * 2 * across;
+  auto entry = make_array<float>(width);
+  auto a = make_array<char>(width * element), b = make_array<char>(width * element);
+  isa->pool({first, first + across, entry.get(), 2 * across, ratio, width, overlap}, 0, 1);
+  if (is_bf16) {
+    for (int64_t c = 0; c < width; c++) reinterpret_cast<uint16_t*>(a.get())[c] = to_bf16(entry[c]);
+  } else {
+    std::memcpy(a.get(), entry.get(), width * element);
+  }
+  isa->norm({a.get(), at<void>(weight), b.get(), width, eps, is_bf16, weight_bf16}, 0, 1);
+  const float* turn = at<float>(rotation) + i * turned;
+  isa->rope({b.get(), turn, a.get(), width, turned, 1, 1, false, is_bf16}, 0, 1);
+  const StoredAs form{(StoredAs::Packed)packed, width, kept, bytes};
+  if (form.packed == StoredAs::entry) {
+    isa->round_fp8({a.get(), b.get(), width, 64, kept, is_bf16}, 0, 1);
+  } else if (form.packed == StoredAs::key) {
+    isa->round_fp4({a.get(), b.get(), is_bf16}, 0, 1);
+  }
+  store((uintptr_t)(form.packed ? b : a).get(), is_bf16, 1, width, packed, kept, bytes, addresses,
+        offset, each, position / ratio, 1);
+}
+
+// Queries of an indexer, how many heads and channels, the heads' weights, how many rows are chosen,
+// and where they are left.
+using Choice = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, int64_t, uintptr_t>;
+
+// All of attention that is no product, for one new token of each of n timelines. `places` has
+// `stride` numbers of each timeline: first its position, and from `column` on where the window
+// begins, of how many entries it is with the new one, the addresses of the blocks, and where raw
+// rows go, those of `pooled` in turn (attention's, the indexer's).
+void look_each(uintptr_t q, bool is_bf16, int64_t n, int64_t heads, int64_t width_of_head,
+               uintptr_t kv, uintptr_t places, int64_t stride, int64_t column,
+               const std::vector<Pooled>& pooled, Choice choice, int64_t width, uintptr_t sink,
+               int64_t ratio, float scale, uintptr_t out, int threads) {
+  auto [index_q, index_heads, index_width, weights, k, chosen] = choice;
+  const int64_t element = is_bf16 ? 2 : 4, entry = width_of_head * element;
+  auto table = [&](size_t which, uintptr_t addresses) {
+    const auto& form = pooled[which];
+    return Pieces{addresses, std::get<13>(form), std::get<14>(form), std::get<12>(form)};
+  };
+  std::vector<Attention> jobs;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t* mine = at<int64_t>(places) + i * stride;
+    const int64_t position = mine[0], *here = mine + column;
+    const auto window = (uintptr_t)here[0], addresses = (uintptr_t)here[2];
+    std::memcpy(at<char>(window) + (here[1] - 1) * entry, at<char>(kv) + i * entry, entry);
+    for (size_t which = 0; which < pooled.size(); which++) {
+      leave(pooled[which], is_bf16, i, position, ratio, (uintptr_t)here[3 + which], addresses);
+    }
+    const int64_t rows = pooled.empty() ? 0 : (position + 1) / ratio;
+    const bool some = k > 0 && rows > k;
+    if (some) {
+      index_topk(index_q + i * index_heads * index_width * element, is_bf16, 1, index_heads,
+                 index_width, table(1, addresses), std::get<10>(pooled[1]) != 0,
+                 weights + i * index_heads * element, position, ratio, k, chosen + 8 * i * k,
+                 threads);
+    }
+    jobs.push_back({at<char>(q) + i * heads * entry, at<void>(window),
+                    table_of(rows ? table(0, addresses) : Pieces{0, 0, 1, 0}),
+                    rows ? std::get<11>(pooled[0]) : 0, some ? at<int64_t>(chosen) + i * k : nullptr,
+                    at<float>(sink), at<char>(out) + i * heads * entry, heads, width_of_head,
+                    here[1] - 1, width, position, ratio, some ? k : 0, scale, is_bf16,
+                    current()->multiplies_pairs()});
+  }
+  attend(jobs, 1, threads);
+}
+
 // The words of 32 bits, summed, and summed with weights: see reference.checksum. Sums of sums give
 // each row of sixteen words the weight of the rows that are left.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
@@ -312,6 +370,17 @@ std::tuple<uint64_t, uint64_t> checksum(uintptr_t data, int64_t bytes) {
     weighted += ROW * sums_of_sums[w] + w * sums[w];
   }
   return {plain, weighted};
+}
+
+void scaled(uintptr_t x, bool is_bf16, int64_t count, float factor, uintptr_t out, int) {
+  for (int64_t i = 0; i < count; i++) {
+    const float product = number(at<uint8_t>(x), is_bf16, i) * factor;
+    if (is_bf16) {
+      at<uint16_t>(out)[i] = to_bf16(product);
+    } else {
+      at<float>(out)[i] = product;
+    }
+  }
 }
 
 void add(uintptr_t x, bool x_bf16, uintptr_t y, bool y_bf16, int64_t rows, int64_t width,
@@ -372,10 +441,11 @@ NB_MODULE(_native, m) {
   m.def("store", store, not_recorded);
   m.def("pool", pool, not_recorded);
   m.def("add", Recorded<add>::call, release);
+  m.def("scaled", Recorded<scaled>::call, release);
   m.def("route", Recorded<route>::call, release);
   m.def("swiglu", Recorded<swiglu>::call, release);
   m.def("attention", attention, not_recorded);
-  m.def("attention_each", attention_each, not_recorded);
+  m.def("look_each", Recorded<look_each>::call, release);
   m.def("index_topk", index_topk, not_recorded);
   m.def("checksum", checksum, not_recorded);
   nb::class_<Experts>(m, "Experts")

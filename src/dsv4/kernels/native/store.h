@@ -27,6 +27,14 @@ inline float number(const uint8_t* row, bool is_bf16, int64_t i) {
   return value;
 }
 
+// Nearest, ties to even; a NaN stays one.
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
 // The byte of the least power of two that brings `count` numbers to `largest` and below, and that
 // power's inverse; 255 and NaN if not all are finite.
 inline uint8_t scale_for(const float* x, int count, float least, float largest, float* inverse) {
