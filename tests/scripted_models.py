@@ -15,8 +15,9 @@ from dsv4.api import Model
 from dsv4.config import V4Config
 from dsv4.encoding import ASSISTANT, SPECIAL_TOKENS, TASKS
 from dsv4.engine.session import Part
-from dsv4.model import Continued, Transformer
+from dsv4.model import Transformer
 from dsv4.numerics import FLOAT32
+from dsv4.protocols import Continued
 from dsv4.tokenizer import Tokenizer
 from dsv4.train.initial import init_weights
 

@@ -400,51 +400,21 @@ def test_what_is_no_number_is_stored_as_none(name: str) -> None:
 @pytest.mark.parametrize("count", [1, 3, 50])
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_raw_rows(ratio: int, count: int, start: int) -> None:
-    kv, gate = activations(count + 1, 96, F32)[None], activations(count + 1, 96, F32, 2)[None]
+    kv, gate = activations(count, 96, F32)[None], activations(count, 96, F32, 2)[None]
     bias = activations(ratio, 96, F32, 3)
-    expected, got = torch.zeros(2, 1, 2 * count + 9, 192)
+    expected, got = torch.zeros(2, 1, count + 9, 192)
     for module, room in ((reference, expected), (native, got)):
-        spans = [Span(room, 3, count), Span(room, count + 5, 1)]
-        module.raw_rows(spans, [start, 2 * start], kv, gate, bias)
+        module.raw_rows(Span(room, 3, count), start, kv, gate, bias)
     assert torch.equal(got, expected)
-    assert torch.equal(got[:, 3 : count + 3, :96], kv[:, :count]) and not got[:, :3].any()
+    assert torch.equal(got[:, 3 : count + 3, :96], kv) and not got[:, :3].any()
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_attention_of_several_timelines_at_once(packed: bool) -> None:
-    """It is that of each alone, bit for bit."""
-    heads, dim, width = 5, 192, 16
-    form = RowFormat(dim, BF16, "entry", 64) if packed else RowFormat(dim, BF16)
-    starts = [0, 3, 40, 200, 77]
-    sink = activations(1, heads, F32)[0]
-    q = activations(len(starts) * heads, dim, BF16).view(1, -1, heads, dim)
-    kv = activations(len(starts), dim, BF16, 2)[None]
-    rooms = [activations(30, dim, BF16, 10 + i)[None] for i in range(len(starts))]
-    tables, chosen = [], []
-    for i, start in enumerate(starts):
-        rows = reference.fp8_round(activations((start + 1) // 4, dim, BF16, 20 + i), 64, 64)[None]
-        tables.append(paged(rows, 8, form) if rows.shape[1] else None)
-        picked = torch.tensor([[[0, 3, 9]]]) if start == 40 else None
-        chosen.append(picked)
-    how: dict[str, Any] = {"ratio": 4, "width": width, "scale": dim**-0.5, "dtype": BF16}
-
-    def windows() -> list[Span]:
-        return [Span(room.clone(), 5, min(start, width - 1) + 1)
-                for room, start in zip(rooms, starts, strict=True)]
-
-    def at_once() -> Tensor:
-        out: Tensor = native.attention_each(q, kv, windows(), tables, chosen, sink, starts, **how)
-        return out
-
-    got, alone = every_way(at_once), []
-    for i, window in enumerate(windows()):
-        window.rows[:, -1] = kv[:, i]
-        alone.append(native.attention(
-            q[:, i : i + 1], window.rows, tables[i], chosen[i], sink, start=starts[i], **how
-        ))  # fmt: skip
-    assert torch.equal(got, torch.cat(alone, 1))
-    wanted = reference.attention_each(q, kv, windows(), tables, chosen, sink, starts, **how)
-    close(got, wanted, 4)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_scaled(dtype: torch.dtype) -> None:
+    x = activations(7, 33, dtype)
+    x[0, 0], x[1, 1] = torch.nan, torch.inf
+    got = native.scaled(x, 0.0441941738)
+    assert torch.equal(got.nan_to_num(7), reference.scaled(x, 0.0441941738).nan_to_num(7))
 
 
 @pytest.mark.parametrize("each", [1, 4, 32])

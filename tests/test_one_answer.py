@@ -20,7 +20,7 @@ from dsv4.engine import Engine, Generation, SamplingParams, Token
 from dsv4.engine.disk import DiskTier
 from dsv4.engine.session import Runner
 from dsv4.engine.speculate import Judge, Odds, Trail, Weights
-from dsv4.model import Continued
+from dsv4.protocols import Continued
 from dsv4.synth import synthesize
 
 pytestmark = pytest.mark.skipif(

@@ -237,6 +237,33 @@ def test_timelines_that_share_passes_are_those_that_run_alone(model: dsv4.Model)
         same(torch.cat(out), full(model)[: state.length])
 
 
+def test_tokens_of_several_timelines_one_at_a_time(model: dsv4.Model) -> None:
+    """In one native call, where there is one; what it leaves is what passes of many tokens read."""
+    runner = Runner(model._net, model._nx)
+    starts = [0, 1, 3, 95, 96, 130, 254]
+    states = [KVState(runner.layout) for _ in starts]
+    for state, start in zip(states, starts, strict=True):
+        if start:
+            runner.run([Part(state, IDS[:start], 0)])
+            state.settle()
+    forks = []
+    for step in range(140):
+        parts = [Part(s, IDS[s.length : s.length + 1], 1) for s in states]
+        at = [state.length for state in states]
+        same(torch.cat(runner.run(parts)), full(model)[at])
+        for state in states:
+            if step % 3:  # else a cut of the last pass may still be wanted
+                state.settle()
+        if step in (57, 58):
+            forks += [KVState.resume(runner.layout, s.blocks, s.cut(s.length)) for s in states]
+    for state in (*states, *forks):
+        state.settle()
+        state.check()
+        (rows,) = runner.run([Part(state, IDS[state.length : state.length + 150], None)])
+        same(rows, full(model)[state.length - 150 : state.length])
+    assert not model._net.tapes.foreign
+
+
 @pytest.mark.parametrize("bad", [[], [256], [-1]])
 def test_bad_tokens_leave_the_session_alone(model: dsv4.Model, bad: list[int]) -> None:
     session = model.session()

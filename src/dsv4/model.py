@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ from .errors import ConfigError, TrainingError
 from .kernels import Rows, Stored, looking, reference
 from .numerics import FLOAT32, Numerics
 from .packing import Packing
-from .protocols import AttentionState, ExpertSource
-from .quant import wide
+from .protocols import AttentionState, Continued, ExpertSource
 
 KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
 
@@ -124,14 +123,6 @@ class Noted:
         self.indexers = indexers
         self.balance: list[tuple[Tensor, Tensor]] = []
         self.divergences: list[Tensor] = []
-
-
-class Continued(NamedTuple):
-    """New tokens of a timeline, the position of the first, and what its layers remember."""
-
-    ids: Sequence[int]
-    start: int
-    states: Sequence[AttentionState]
 
 
 # ---------------------------------------------------------------- parameters
@@ -227,8 +218,11 @@ class Compressor(nn.Module):
             new = self.finished(kernels.pool(raw, weights, self.ratio, self.overlap), run)
         return state.rows(self.which, new)
 
-    def each(self, kv: Tensor, gate: Tensor, run: Pass, state: AttentionState) -> looking.Pooled:
+    def each(
+        self, projected: Sequence[Tensor], run: Pass, state: AttentionState
+    ) -> looking.Pooled:
         """What ``kernels.looking`` has to know to do the same for one token of each timeline."""
+        kv, gate = projected
         return looking.Pooled(
             kv, gate, self.ape, self.dim, self.overlap, self.norm.weight, self.norm.eps,
             run.turn(True, self.ratio), *state.table(self.which),
@@ -240,12 +234,6 @@ class Compressor(nn.Module):
         entries = self.norm(entries.to(run.nx.dtype))
         entries = kernels.rope(entries, run.rotation(True, first, entries.shape[1], self.ratio))
         return fp4_rotated(entries, run.nx) if self.rotate else kv_rounded(entries, run)
-
-
-def no_block_before(kv: Tensor, ratio: int) -> Tensor:
-    """The raw rows of the block before the first one: values 0, logits -inf. ``kv [B, T, W]``."""
-    zero = wide(kv.new_zeros(kv.shape[0], ratio, kv.shape[2]))
-    return torch.cat((zero, torch.full_like(zero, -torch.inf)), -1)
 
 
 def kv_rounded(entries: Tensor, run: Pass) -> Tensor:
@@ -372,9 +360,9 @@ class Attention(nn.Module):
         assert state is not None and run.places is not None
         pooled, query = [], None
         if self.compressor is not None:
-            pooled.append(self.compressor.each(*projected[:2], run, state))
+            pooled.append(self.compressor.each(projected[:2], run, state))
         if self.indexer is not None:
-            pooled.append(self.indexer.compressor.each(*projected[2:4], run, state))
+            pooled.append(self.indexer.compressor.each(projected[2:4], run, state))
             if len(projected) > 4:
                 query = projected[4], projected[5], self.indexer.topk
         return looking.look_each(
@@ -717,7 +705,7 @@ class Transformer(_Collapsing):
         self.head = Head(config.vocab_size, config.hidden_size)
         self.make_collapse(config)
         self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.mtp_layers))
-        # the context of a pass over ids, where experts have a source
+        # of a pass over ids, where experts have a source
         self.reading: Callable[[Tensor], AbstractContextManager[None]] | None = None
         self.tapes = kernels.Tapes()
         self._looking: dict[Numerics, bool] = {}
@@ -786,6 +774,7 @@ class Transformer(_Collapsing):
         streams = streams.expand(-1, -1, self.config.hc_mult, -1)
         if run.places is not None and keep is None:
             for layer in self.layers:
+                assert isinstance(layer, Block)
                 layer.alongside(run)
             return run.by_token(self._each, streams, run.places, *run.shared.values())[0].clone()
         with self.reading(run.ids) if self.reading is not None else nullcontext():
@@ -825,12 +814,13 @@ class Transformer(_Collapsing):
                 "this model has no MTP block", expected="num_nextn_predict_layers 1", got=0
             )
         if run.packing is None:
-            streams, after = streams[:, :-1], replace(run, ids=run.ids[:, 1:], states=None)
+            streams = streams[:, :-1]
+            after = replace(run, ids=run.ids[:, 1:], states=None, shared={})
         else:
             kept = run.packing.followed()
             streams = streams.index_select(1, kept)
             packing = Packing([n - 1 for n in run.packing.lengths if n > 1], run.ids.device)
-            after = replace(run, ids=run.ids[:, kept + 1], packing=packing)
+            after = replace(run, ids=run.ids[:, kept + 1], packing=packing, shared={})
         return self._mtp.predict(streams, after, self.embed, len(self.layers))
 
     def mtp_ahead(self, streams: Tensor, run: Pass) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class AttentionState(Protocol):
 
     def table(self, which: str) -> tuple[int, int, RowFormat]:
         """Where rows begin in a block of 128 tokens, how many it has, and how they are stored."""
+
+
+class Continued(NamedTuple):
+    """New tokens of a timeline, the position of the first, and what its layers remember."""
+
+    ids: Sequence[int]
+    start: int
+    states: Sequence[AttentionState]
 
 
 class ExpertSource(Protocol):

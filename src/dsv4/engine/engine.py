@@ -27,7 +27,7 @@ import torch
 
 from ..config import V4Config
 from ..errors import ConfigError, ContextLengthError, DSV4Error, RequestError
-from ..model import Continued
+from ..protocols import Continued
 from . import memory
 from .disk import DiskTier
 from .kvstate import GRAIN

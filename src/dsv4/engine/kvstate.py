@@ -30,8 +30,8 @@ from ..config import V4Config
 from ..errors import DSV4Error
 from ..kernels import PagedRows, RowFormat, Span
 from ..kernels.looking import Place
-from ..model import no_block_before
 from ..numerics import Numerics
+from ..quant import wide
 
 GRAIN = 128  # tokens of a block: the least common multiple of the ratios
 CLAIMING = threading.Lock()  # while it is decided whose the places behind shared rows are
@@ -192,6 +192,12 @@ class Tail:
 def spare(rows: int) -> int:
     """More rows than so many for which there is room at most."""
     return 8 + rows // 4
+
+
+def no_block_before(kv: Tensor, ratio: int) -> Tensor:
+    """The raw rows of the block before the first one: values 0, logits -inf. ``kv [B, T, W]``."""
+    zero = wide(kv.new_zeros(kv.shape[0], ratio, kv.shape[2]))
+    return torch.cat((zero, torch.full_like(zero, -torch.inf)), -1)
 
 
 class LayerState:

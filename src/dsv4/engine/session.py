@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import ContextLengthError, RequestError
 from ..kernels.threads import pass_of
-from ..model import Continued, Transformer
+from ..model import Transformer
 from ..numerics import Numerics
+from ..protocols import Continued
 from . import memory
 from .disk import DiskTier
 from .kvstate import GRAIN, Block, Cut, KVState, Layout

@@ -32,7 +32,7 @@ def sinkhorn(
     comb: int, rows: int, h: int, iters: int, eps: float, out: int, threads: int, /
 ) -> None: ...
 def raw_rows(
-    spans: list[tuple[int, int, int]], kv: int, gate: int, width: int, bias: int, ratio: int,
+    to: int, count: int, start: int, kv: int, gate: int, width: int, bias: int, ratio: int,
     threads: int, /,
 ) -> None: ...
 def store(
@@ -56,17 +56,22 @@ def add(
     threads: int, /,
 ) -> None: ...
 
+def scaled(x: int, is_bf16: bool, count: int, factor: float, out: int, threads: int, /) -> None: ...
+
 Pieces = tuple[int, int, int, int]
+Pooled = tuple[
+    int, int, int, int, bool, int, bool, float, int, int, int, int, int, int, int
+]
 
 def attention(
     q: int, bf16: bool, queries: int, heads: int, width_of_head: int, window: int, earlier: int,
     width: int, rows: Pieces, kept: int, chosen: int, k: int, sink: int, start: int, ratio: int,
     scale: float, out: int, threads: int, /,
 ) -> None: ...
-def attention_each(
-    q: int, is_bf16: bool, heads: int, width_of_head: int, kv: int,
-    looks: list[tuple[int, int, Pieces, int, int, int, int]], width: int, sink: int, ratio: int,
-    scale: float, out: int, threads: int, /,
+def look_each(
+    q: int, is_bf16: bool, n: int, heads: int, width_of_head: int, kv: int, places: int,
+    stride: int, column: int, pooled: list[Pooled], choice: tuple[int, int, int, int, int, int],
+    width: int, sink: int, ratio: int, scale: float, out: int, threads: int, /,
 ) -> None: ...
 def index_topk(
     q: int, bf16: bool, queries: int, heads: int, width: int, keys: Pieces, packed: bool,

@@ -17,7 +17,7 @@ from .rows import RowFormat
 from .threads import threads
 
 if TYPE_CHECKING:
-    from . import _native
+    pass
 
 PER_LAYER = 5  # numbers of a layer's place
 PACKED = {None: 0, "entry": 1, "key": 2}
@@ -27,15 +27,15 @@ class Place(NamedTuple):
     """Where a timeline's next token finds and leaves things of one layer.
 
     ``window``: the address of the first entry that it sees, ``entries`` how many with its own;
-    ``blocks``: the address of the addresses of its blocks; ``kv`` and ``index``: addresses of the
-    raw rows that are written (0: none).
+    ``blocks``: the address of the addresses of its blocks; ``kv`` and ``keys``: addresses of the
+    raw rows that are written, attention's and the indexer's (0: none).
     """
 
     window: int
     entries: int
     blocks: int = 0
     kv: int = 0
-    index: int = 0
+    keys: int = 0
 
 
 class Pooled(NamedTuple):

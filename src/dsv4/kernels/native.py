@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import weakref
 from array import array
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
