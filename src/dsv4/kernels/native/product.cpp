@@ -62,7 +62,7 @@ namespace {
 struct Results {
   const Product& job;
 
-  void put(int64_t row, int64_t column, float value) const {
+  __attribute__((always_inline)) void put(int64_t row, int64_t column, float value) const {
     int64_t at = row * job.out_stride + column;
     if (job.out_bf16) {
       static_cast<uint16_t*>(job.out)[at] = narrow(value);
@@ -114,6 +114,42 @@ inline void add_step(const Row& row, int64_t i, int64_t inputs, const uint8_t* c
   }
 }
 
+#if DSV4_PAIRS
+// The same for all columns, whose sums take turns: each addition waits for the one before it. Of
+// several rows or few columns a half is unpacked for each by itself, or they would not fit.
+template <class Kind, class Row, int COLUMNS, int ROWS>
+__attribute__((always_inline)) inline void add_steps(const Row* rows, int64_t i,
+                                                     const uint8_t* const* x,
+                                                     f32x16 (*acc)[ROWS]) {
+  constexpr int HALF = Kind::VECTORS / 2, TURNS = ROWS == 1 ? COLUMNS : 1;
+#pragma GCC unroll 4
+  for (int first = 0; first < COLUMNS; first += TURNS) {
+    f32x16 part[TURNS][ROWS] = {};
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      u32x16 w[TURNS][HALF];
+#pragma GCC unroll 4
+      for (int n = 0; n < TURNS; n++) rows[first + n].template half<Kind>(i, half, w[n]);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < HALF; v++) {
+          const u32x16 in = load<u32x16>(x[m] + (i * Kind::VECTORS + HALF * half + v) * 64);
+#pragma GCC unroll 4
+          for (int n = 0; n < TURNS; n++) part[n][m] = Kind::add(part[n][m], in, w[n][v]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < TURNS; n++) {
+      const f32x16 scale = rows[first + n].scale(i);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) acc[first + n][m] = fma(part[n][m], scale, acc[first + n][m]);
+    }
+  }
+}
+#endif
+
 template <class Kind, class Row, int COLUMNS, int ROWS>
 inline void few(const Product& job, int64_t column, int64_t row) {
   const int64_t inputs = job.weight->inputs, whole = inputs / STEP;
@@ -125,21 +161,29 @@ inline void few(const Product& job, int64_t column, int64_t row) {
   Later later(inputs, whole, Row::BITS * STEP / 8, COLUMNS);
   for (int64_t i = 0; i < whole; i++, later.next()) {
 #pragma GCC unroll 4
-    for (int n = 0; n < COLUMNS; n++) {
-      rows[n].fetch(later.at);
+    for (int n = 0; n < COLUMNS; n++) rows[n].fetch(later.at);
 #if DSV4_PAIRS
-      if constexpr (Kind::SCALED_LATE) {
-        rows[n].template dot<Kind, ROWS>(i, x, acc[n]);
-        continue;
-      }
-#endif
-      add_step<Kind, ROWS>(rows[n], i, inputs, x, acc[n]);
+    if constexpr (Kind::SCALED_LATE) {
+      add_steps<Kind, Row, COLUMNS, ROWS>(rows, i, x, acc);
+      continue;
     }
+#endif
+#pragma GCC unroll 4
+    for (int n = 0; n < COLUMNS; n++) add_step<Kind, ROWS>(rows[n], i, inputs, x, acc[n]);
   }
   for (int n = 0; n < COLUMNS; n++) {
     if (whole * STEP < inputs) add_step<Kind, ROWS>(rows[n], whole, inputs, x, acc[n]);
-    for (int m = 0; m < ROWS; m++) {
-      Results{job}.put(row + m, column + n - job.first, sum(acc[n][m]));
+  }
+  for (int m = 0; m < ROWS; m++) {
+    f32x16 all[COLUMNS];
+    for (int n = 0; n < COLUMNS; n++) all[n] = acc[n][m];
+    if constexpr (COLUMNS == 4) {
+      const f32x4 four = four_sums(all);
+      for (int n = 0; n < 4; n++) Results{job}.put(row + m, column + n - job.first, four[n]);
+    } else {
+      for (int n = 0; n < COLUMNS; n++) {
+        Results{job}.put(row + m, column + n - job.first, sum(all[n]));
+      }
     }
   }
 }

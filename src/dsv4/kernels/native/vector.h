@@ -101,6 +101,24 @@ inline float sum(f32x16 v) {
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
+// The sums of four vectors, each exactly as `sum` gives it.
+__attribute__((always_inline)) inline f32x4 four_sums(const f32x16* v) {
+  f32x16 a[2];
+  for (int i = 0; i < 2; i++) {
+    a[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19,
+                                   20, 21, 22, 23) +
+           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26,
+                                   27, 28, 29, 30, 31);
+  }
+  f32x16 b = __builtin_shufflevector(a[0], a[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25,
+                                     26, 27) +
+             __builtin_shufflevector(a[0], a[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29,
+                                     30, 31);
+  b = b + __builtin_shufflevector(b, b, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  b = b + __builtin_shufflevector(b, b, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return f32x4{b[0], b[4], b[8], b[12]};
+}
+
 // The sums of sixteen vectors, each exactly as `sum` gives it.
 inline f32x16 sums(const f32x16* v) {
   f32x16 a[8], b[4], c[2];

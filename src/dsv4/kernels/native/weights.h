@@ -84,28 +84,15 @@ inline u32x16 scaled(u32x16 pairs, u16x32 shift) {
   return (u32x16)(words + (shift & (u16x32)((words & 0x7FFF) != 0)));
 }
 
-// acc[m] += scale times the products of a step with the arranged activations x[m].
-template <class Kind, int ROWS>
-inline void add_scaled(const u32x16* w, f32x16 scale, int64_t i, const uint8_t* const* x,
-                       f32x16* acc) {
-  for (int m = 0; m < ROWS; m++) {
-    f32x16 part = {};
-    for (int v = 0; v < Kind::VECTORS; v++) {
-      part = Kind::add(part, load<u32x16>(x[m] + (i * Kind::VECTORS + v) * 64), w[v]);
-    }
-    acc[m] = fma(part, scale, acc[m]);
-  }
-}
-
 // Every row type has
 //   start(weight, row)      begin to read a row
 //   step(i)                 inputs 128 i .. 128 i + 127, with their scale
 //   rest(i, inputs)         the same where only the first `inputs` of them exist; zeros follow
 // and, with PAIRS,
-//   dot<Kind, ROWS>(i, x, acc)  acc[m] += the products of step i with the arranged activations x[m]
-// where a step's products are summed first, and then added to acc. To multiply that sum by the
-// scale is the same as to multiply the weights by it, as long as nothing over- or underflows. With
-// DSV4_TILES,
+//   half<Kind>(i, which, w) the first or the second half of step i, without their scale
+//   scale(i)                which is multiplied with the sum of a step's products: the same as to
+//                           multiply the weights by it, as long as nothing over- or underflows
+// and with DSV4_TILES,
 //   unpack(i, to, pitch)    step i to memory, `pitch` bytes from vector to vector
 //   unpack4(i, to, pitch)   the same for steps i .. i + 3
 
@@ -196,15 +183,17 @@ struct Fp4Row {
     return _mm512_broadcast_i64x4(once);
   }
 
-  template <class Kind, int ROWS>
-  void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
+  __attribute__((always_inline)) f32x16 scale(int64_t i) const {
     const __m512i spread = _mm512_set_epi8(
         3, -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 2, -1, -1, -1, 2, -1, -1, -1, 2,
         -1, -1, -1, 2, -1, -1, -1, 1, -1, -1, -1, 1, -1, -1, -1, 1, -1, -1, -1, 1, -1, -1, -1, 0,
         -1, -1, -1, 0, -1, -1, -1, 0, -1, -1, -1, 0, -1, -1, -1);
-    __m512i bytes = _mm512_set1_epi32(load<int32_t>(scales + 4 * i));
-    f32x16 scale = (f32x16)_mm512_srli_epi32(_mm512_shuffle_epi8(bytes, spread), 1);
-    u32x16 w[Kind::VECTORS];
+    const __m512i bytes = _mm512_set1_epi32(load<int32_t>(scales + 4 * i));
+    return (f32x16)_mm512_srli_epi32(_mm512_shuffle_epi8(bytes, spread), 1);
+  }
+
+  template <class Kind>
+  __attribute__((always_inline)) void half(int64_t i, int which, u32x16* w) const {
     if constexpr (Kind::VECTORS == 8) {  // a code looks up a float32: one step; words take two
       const __m512 table = _mm512_setr_ps(0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3,
                                           -4, -6);
@@ -212,17 +201,15 @@ struct Fp4Row {
       uint8_t padded[STEP / 2 + 3];
       if (at == last) at = static_cast<uint8_t*>(std::memcpy(padded, at, STEP / 2));
       // What is above the four bits does not count, so to begin a byte later is to shift by eight.
-      for (int v = 0; v < 4; v++) {
-        const u32x16 odd = load<u32x16>(at + 2 + v / 2), even = load<u32x16>(at + v / 2);
-        const int shift = v % 2 * 4;
-        w[2 * v] = (u32x16)_mm512_permutexvar_ps((__m512i)(odd >> shift), table);
-        w[2 * v + 1] = (u32x16)_mm512_permutexvar_ps((__m512i)(even >> shift), table);
+      const u32x16 odd = load<u32x16>(at + 2 + which), even = load<u32x16>(at + which);
+      for (int v = 0; v < 2; v++) {
+        w[2 * v] = (u32x16)_mm512_permutexvar_ps((__m512i)(odd >> 4 * v), table);
+        w[2 * v + 1] = (u32x16)_mm512_permutexvar_ps((__m512i)(even >> 4 * v), table);
       }
     } else {
       const u16x32 four = load<u16x32>(codes + 64 * i);
-      for (int v = 0; v < 4; v++) w[v] = values(four >> 4 * v);
+      for (int v = 0; v < 2; v++) w[v] = values(four >> (8 * which + 4 * v));
     }
-    add_scaled<Kind, ROWS>(w, scale, i, x, acc);
   }
 #endif
 
@@ -325,22 +312,25 @@ struct Fp8Row {
 
   static Step values(const uint8_t* from) {
     Step out;
-    for (int half = 0; half < 2; half++) {
-#if DSV4_PAIRS
-      __m512i code = _mm512_loadu_si512(from + 64 * half);
-      __m512i low = lookup(E4M3.low, code), high = lookup(E4M3.high, code);
-      high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // a | (b & c)
-      out.v[2 * half] = (u32x16)_mm512_unpacklo_epi8(low, high);
-      out.v[2 * half + 1] = (u32x16)_mm512_unpackhi_epi8(low, high);
-#else
-      for (int part = 0; part < 2; part++) {
-        uint8_t bytes[32];
-        for (int b = 0; b < 4; b++) std::memcpy(bytes + 8 * b, from + 64 * half + 16 * b + 8 * part, 8);
-        out.v[2 * half + part] = (u32x16)words(__builtin_convertvector(load<u8x32>(bytes), u16x32));
-      }
-#endif
-    }
+    for (int half = 0; half < 2; half++) values(from + 64 * half, out.v + 2 * half);
     return out;
+  }
+
+  // Of half a step.
+  __attribute__((always_inline)) static void values(const uint8_t* from, u32x16* out) {
+#if DSV4_PAIRS
+    __m512i code = _mm512_loadu_si512(from);
+    __m512i low = lookup(E4M3.low, code), high = lookup(E4M3.high, code);
+    high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // a | (b & c)
+    out[0] = (u32x16)_mm512_unpacklo_epi8(low, high);
+    out[1] = (u32x16)_mm512_unpackhi_epi8(low, high);
+#else
+    for (int part = 0; part < 2; part++) {
+      uint8_t bytes[32];
+      for (int b = 0; b < 4; b++) std::memcpy(bytes + 8 * b, from + 16 * b + 8 * part, 8);
+      out[part] = (u32x16)words(__builtin_convertvector(load<u8x32>(bytes), u16x32));
+    }
+#endif
   }
 
 #if DSV4_PAIRS
@@ -348,12 +338,13 @@ struct Fp8Row {
     return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
   }
 
-  template <class Kind, int ROWS>
-  void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
-    const f32x16 scale = (f32x16)_mm512_set1_epi32(exponent(i) << 23);
-    u32x16 w[Kind::VECTORS];
-    Kind::spread(values(codes + 128 * i), w);
-    add_scaled<Kind, ROWS>(w, scale, i, x, acc);
+  __attribute__((always_inline)) f32x16 scale(int64_t i) const { return (f32x16)_mm512_set1_epi32(exponent(i) << 23); }
+
+  template <class Kind>
+  __attribute__((always_inline)) void half(int64_t i, int which, u32x16* w) const {
+    u32x16 pairs[2];
+    values(codes + 128 * i + 64 * which, pairs);
+    Kind::spread_half(pairs, w);
   }
 #endif
 
@@ -415,11 +406,13 @@ struct Bf16Row {
   }
 
 #if DSV4_PAIRS
-  template <class Kind, int ROWS>
-  void dot(int64_t i, const uint8_t* const* x, f32x16* acc) const {
-    u32x16 w[Kind::VECTORS];
-    Kind::spread(step(i), w);
-    add_scaled<Kind, ROWS>(w, splat(1.0f), i, x, acc);
+  __attribute__((always_inline)) f32x16 scale(int64_t) const { return splat(1.0f); }
+
+  template <class Kind>
+  __attribute__((always_inline)) void half(int64_t i, int which, u32x16* w) const {
+    u32x16 pairs[2];
+    std::memcpy(pairs, values + 256 * i + 128 * which, sizeof pairs);
+    Kind::spread_half(pairs, w);
   }
 #endif
 
@@ -462,6 +455,7 @@ struct Pairs {  // bfloat16 activations, where the hardware multiplies them
   static void spread(const Step& w, u32x16* out) {
     for (int v = 0; v < 4; v++) out[v] = w.v[v];
   }
+  __attribute__((always_inline)) static void spread_half(const u32x16* pairs, u32x16* out) { out[0] = pairs[0], out[1] = pairs[1]; }
 };
 
 struct Singles {  // float32 activations, or bfloat16 ones widened; sums in the order of Pairs
@@ -469,8 +463,11 @@ struct Singles {  // float32 activations, or bfloat16 ones widened; sums in the 
   static constexpr bool SCALED_LATE = false;
   static f32x16 add(f32x16 sum, u32x16 x, u32x16 w) { return fma((f32x16)x, (f32x16)w, sum); }
   static void spread(const Step& w, u32x16* out) {
-    for (int v = 0; v < 4; v++) {
-      out[2 * v] = (u32x16)odd(w.v[v]), out[2 * v + 1] = (u32x16)even(w.v[v]);
+    for (int half = 0; half < 2; half++) spread_half(w.v + 2 * half, out + 4 * half);
+  }
+  __attribute__((always_inline)) static void spread_half(const u32x16* pairs, u32x16* out) {
+    for (int v = 0; v < 2; v++) {
+      out[2 * v] = (u32x16)odd(pairs[v]), out[2 * v + 1] = (u32x16)even(pairs[v]);
     }
   }
 };
