@@ -16,8 +16,8 @@ import dsv4
 from dsv4 import kernels, quant
 from dsv4.config import V4Config
 from dsv4.kernels import reference
-from dsv4.model import Noted, Transformer, fp4_rotated
-from dsv4.numerics import FLOAT64, TRAIN_QAT
+from dsv4.model import Noted, Transformer
+from dsv4.numerics import FLOAT64, TRAIN_QAT, fp4_rotated
 from dsv4.train.initial import init_weights
 from dsv4.train.losses import Objective, learned_gates, losses, routes
 

@@ -24,8 +24,8 @@ from .engine.memory import available
 from .engine.sample import SamplingParams, sample
 from .engine.session import Runner, Session, check_ids
 from .errors import CheckpointError, ConfigError, ContextLengthError, RequestError
-from .model import KV_BLOCK, Pass, Transformer
-from .numerics import Numerics, numerics
+from .model import Pass, Transformer
+from .numerics import KV_BLOCK, Numerics, numerics
 from .tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "models"

@@ -33,11 +33,9 @@ from . import kernels, quant, rotary
 from .config import V4Config
 from .errors import ConfigError, TrainingError
 from .kernels import Rows, Stored, looking, reference
-from .numerics import FLOAT32, Numerics
+from .numerics import FLOAT32, Numerics, fp4_rotated, kv_rounded
 from .packing import Packing
 from .protocols import AttentionState, Continued, ExpertSource
-
-KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Pass:
     states: Sequence[AttentionState] | None = None  # one per layer; None: no past, nothing kept
     parts: Sequence[Pass] = ()  # ids [1, N] are the new tokens of several timelines
     tapes: kernels.Tapes | None = None  # on which steps of passes of as many tokens may be
-    places: Tensor | None = None  # of one new token of each timeline: see ``kernels.looking``
+    places: Tensor | None = None  # of one new token of each timeline: see ``looking``
     # training only:
     packing: Packing | None = None  # ids [1, N] are samples, each seen alone
     dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
@@ -104,7 +102,7 @@ class Pass:
 
     @property
     def trains_indexers(self) -> bool:
-        """Whether indexers have a loss."""
+        """Whether they have a loss."""
         return self.noted is not None and self.noted.indexers
 
     @property
@@ -221,7 +219,7 @@ class Compressor(nn.Module):
     def each(
         self, projected: Sequence[Tensor], run: Pass, state: AttentionState
     ) -> looking.Pooled:
-        """What ``kernels.looking`` has to know to do the same for one token of each timeline."""
+        """What ``looking`` has to know to do the same for one token of each timeline."""
         kv, gate = projected
         return looking.Pooled(
             kv, gate, self.ape, self.dim, self.overlap, self.norm.weight, self.norm.eps,
@@ -233,27 +231,9 @@ class Compressor(nn.Module):
         first = run.start // self.ratio * self.ratio
         entries = self.norm(entries.to(run.nx.dtype))
         entries = kernels.rope(entries, run.rotation(True, first, entries.shape[1], self.ratio))
-        return fp4_rotated(entries, run.nx) if self.rotate else kv_rounded(entries, run)
-
-
-def kv_rounded(entries: Tensor, run: Pass) -> Tensor:
-    """A KV entry as the cache holds it: FP8 per 64 channels, the rotated ones in BF16."""
-    if not run.nx.official:
-        return entries
-    return kernels.fp8_round(entries, KV_BLOCK, run.config.qk_rope_head_dim)
-
-
-def fp4_rotated(x: Tensor, nx: Numerics) -> Tensor:
-    """Indexer queries and keys: Hadamard rotation, then FP4. It leaves dot products alone but
-    for the rounding, so float32 numerics skip it. With ``qat`` the gradient passes the rounding
-    unchanged."""
-    if nx.official:
-        return kernels.hadamard_fp4(x)
-    if not nx.qat:
-        return x
-    turned = quant.hadamard(x)
-    rounded = quant.fp4_round(turned.detach())
-    return turned + (rounded - turned).detach()
+        if self.rotate:
+            return fp4_rotated(entries, run.nx)
+        return kv_rounded(entries, run.nx, run.config.qk_rope_head_dim)
 
 
 class Indexer(nn.Module):
@@ -325,7 +305,8 @@ class Attention(nn.Module):
         q = self.wq_b(latent_r, nx).unflatten(-1, (c.num_attention_heads, c.head_dim))
         norm_rope = reference.norm_rope if nx.placed else kernels.norm_rope
         q = norm_rope(q, turn, c.rms_norm_eps)
-        kv = kv_rounded(kernels.rope(self.kv_norm(self.wkv(xr, nx)), turn), run)
+        kv = kernels.rope(self.kv_norm(self.wkv(xr, nx)), turn)
+        kv = kv_rounded(kv, nx, c.qk_rope_head_dim)
         tokens = [q, kv]
         if self.compressor is not None:
             tokens += self.compressor.project(x, nx)
@@ -698,10 +679,12 @@ class Transformer(_Collapsing):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, config.compress_ratios[i], hashed=i < config.num_hash_layers)
-            for i in range(config.num_hidden_layers)
-        )
+        ratios, hashed = config.compress_ratios, config.num_hash_layers
+        blocks = [Block(config, ratios[i], i < hashed) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self._firsts = [  # all that layers share is what these need
+            b for i, b in enumerate(blocks) if i < hashed or ratios.index(ratios[i]) == i
+        ]
         self.head = Head(config.vocab_size, config.hidden_size)
         self.make_collapse(config)
         self.mtp = nn.ModuleList(MTPBlock(config) for _ in range(config.mtp_layers))
@@ -717,8 +700,8 @@ class Transformer(_Collapsing):
     ) -> Pass:
         """What a forward pass over whole sequences ``ids [B, T]`` needs.
 
-        With ``lengths`` the one row ``ids [1, N]`` is made of samples of so many tokens, each of
-        which is seen alone: positions, windows, compressed entries and the MTP block start anew.
+        With ``lengths`` the one row ``ids [1, N]`` is made of samples of so many tokens, each seen
+        alone: positions, windows, compressed entries and the MTP block start anew.
         TrainingError when they do not add up to N.
         """
         if lengths is None:
@@ -735,9 +718,8 @@ class Transformer(_Collapsing):
     def resume(self, nx: Numerics, timelines: Sequence[Continued]) -> Pass:
         """What one forward pass over the new tokens of several timelines needs.
 
-        They lie one after the other in the row ``ids [1, N]``. All that works token by token takes
-        the row as it is; only attention takes it apart. With the native kernels a timeline's
-        result does not depend on the others, bit for bit.
+        They lie one after the other in the row ``ids [1, N]``, which only attention takes apart.
+        With native kernels a timeline's result does not depend on the others, bit for bit.
         """
         few = sum(len(t.ids) for t in timelines) <= kernels.FEW and self.reading is None
         tapes = self.tapes if few and kernels.NATIVE else None
@@ -760,12 +742,12 @@ class Transformer(_Collapsing):
         return Pass(self.config, nx, ids, 0, parts=parts, tapes=tapes, places=places)
 
     def _looks_each(self, nx: Numerics) -> bool:
-        """Whether ``kernels.looking`` takes what attention makes in these numerics."""
+        """Whether ``looking`` takes what attention makes in these numerics."""
         if nx not in self._looking:
             c = self.config
-            others = [t for name, t in self.named_parameters() if name.endswith((".ape", "_sink"))]
-            self._looking[nx] = looking.takes(nx.dtype, c.head_dim, c.qk_rope_head_dim,
-                                              c.index_head_dim, others)  # fmt: skip
+            read = [t for name, t in self.named_parameters() if name.endswith((".ape", "_sink"))]
+            widths = c.head_dim, c.qk_rope_head_dim, c.index_head_dim
+            self._looking[nx] = looking.takes(nx.dtype, *widths, read)
         return self._looking[nx]
 
     def trunk(self, run: Pass, keep: list[Tensor] | None = None) -> Tensor:
@@ -773,9 +755,8 @@ class Transformer(_Collapsing):
         streams: Tensor = self.embed(run.ids, run.nx.dtype).unsqueeze(2)
         streams = streams.expand(-1, -1, self.config.hc_mult, -1)
         if run.places is not None and keep is None:
-            for layer in self.layers:
-                assert isinstance(layer, Block)
-                layer.alongside(run)
+            for block in self._firsts:
+                block.alongside(run)
             return run.by_token(self._each, streams, run.places, *run.shared.values())[0].clone()
         with self.reading(run.ids) if self.reading is not None else nullcontext():
             for i, layer in enumerate(self.layers):

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from . import kernels, quant
 from .errors import ConfigError
+
+KV_BLOCK = 64  # channels of a KV entry that share an FP8 scale
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,21 @@ def numerics(name: str) -> Numerics:
     if name not in NUMERICS:
         raise ConfigError("no such numerics", expected=" or ".join(NUMERICS), got=name)
     return NUMERICS[name]
+
+
+def kv_rounded(entries: Tensor, nx: Numerics, kept: int) -> Tensor:
+    """A KV entry as the cache holds it: FP8 per 64 channels, the last ``kept`` in BF16."""
+    return kernels.fp8_round(entries, KV_BLOCK, kept) if nx.official else entries
+
+
+def fp4_rotated(x: Tensor, nx: Numerics) -> Tensor:
+    """Indexer queries and keys: Hadamard rotation, then FP4. It leaves dot products alone but
+    for the rounding, so float32 numerics skip it. With ``qat`` the gradient passes the rounding
+    unchanged."""
+    if nx.official:
+        return kernels.hadamard_fp4(x)
+    if not nx.qat:
+        return x
+    turned = quant.hadamard(x)
+    rounded = quant.fp4_round(turned.detach())
+    return turned + (rounded - turned).detach()

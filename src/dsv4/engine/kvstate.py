@@ -135,14 +135,15 @@ class Tail:
     has the same rows, went on there first.
     """
 
-    __slots__ = ("_address", "_bytes", "_room", "_taken", "begin", "end", "seen")
+    __slots__ = ("_address", "_bytes", "_most", "_room", "_taken", "begin", "end", "seen")
 
     def __init__(self, rows: Tensor) -> None:
         self._hold(rows, rows.shape[1])
 
     def _hold(self, room: Tensor, count: int) -> None:
         self._room, self._taken = room, [count]  # how many rows someone has: shared with forks
-        self._address, self._bytes = room.data_ptr(), room.shape[2] * room.itemsize
+        self._most, self._bytes = room.shape[1], room.shape[2] * room.itemsize
+        self._address = room.data_ptr()
         self.begin = self.seen = 0  # the first row that is kept; the first that the last pass saw
         self.end = count
 
@@ -159,7 +160,7 @@ class Tail:
     def grow(self, count: int) -> Span:
         """Where the next ``count`` rows are to be written; a pass begins."""
         with CLAIMING:
-            if self._taken[0] != self.end or self.end + count > self._room.shape[1]:
+            if self._taken[0] != self.end or self.end + count > self._most:
                 kept = self.rows(self.begin, self.end)
                 n = kept.shape[1]
                 self._hold(kept.new_empty(1, n + count + spare(n), kept.shape[2]), n)
@@ -180,7 +181,7 @@ class Tail:
 
     def settle(self, most: int) -> None:
         """What the last pass saw is not needed, nor room for more than ``most`` rows."""
-        if self._room.shape[1] > most:
+        if self._most > most:
             self._hold(self.rows(self.begin, self.end).clone(), self.end - self.begin)
         self.seen = self.begin
 

@@ -35,6 +35,7 @@ void routed_experts(const std::vector<Expert>& experts, const Rows& x, const int
   // Products of each used expert's matrix with `count` rows from `first` on.
   auto multiply = [&](auto&& each_matrix) {
     std::vector<Product> products;
+    products.reserve(2 * std::min<size_t>(pairs, experts.size()));
     for (size_t e = 0; e < experts.size(); e++) {
       if (first[e] < first[e + 1]) each_matrix(products, experts[e], first[e], first[e + 1]);
     }

@@ -138,6 +138,7 @@ void linear(const Rows& x, const Weight& weight, int groups, void* out, bool out
   const int64_t columns = weight.rows / groups;
   auto arranged = make_array<uint8_t>(groups * x.count * bytes);
   std::vector<Product> products;
+  products.reserve(groups);
   for (int g = 0; g < groups; g++) {
     uint8_t* mine = arranged.get() + g * x.count * bytes;
     Rows part = x;

@@ -1,13 +1,15 @@
 #include "pool.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <deque>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace dsv4 {
@@ -20,18 +22,6 @@ void pause() {
 }
 
 std::atomic<int> busy_callers{0};
-
-// Waits until ready() is true: looks for about ten microseconds, which is what lies between the
-// steps of one kernel, or a millisecond while there are busy callers, and then sleeps until told.
-template <class Ready>
-void wait_for(const Ready& ready, std::mutex& mutex, std::condition_variable& changed) {
-  for (int i = 0; i < (busy_callers > 0 ? 20000 : 500); i++) {
-    if (ready()) return;
-    pause();
-  }
-  std::unique_lock<std::mutex> lock(mutex);
-  changed.wait(lock, ready);
-}
 
 class Pool {
  public:
@@ -49,27 +39,43 @@ class Pool {
       shares_[seat].end = tasks * (seat + 1) / threads;
     }
     inside_ = 0;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      round_++;
-    }
-    wake_.notify_all();
+    round_++;
+    tell(wake_);
     take(0);
     inside_ |= CLOSED;  // whoever comes now is too late, and not waited for
-    wait_for([this] { return inside_ == CLOSED; }, mutex_, done_);
+    wait_for([this] { return inside_ == CLOSED; }, done_);
   }
 
  private:
   void serve(int seat, uint64_t seen) {
     for (;;) {
-      wait_for([&] { return round_ != seen; }, mutex_, wake_);
+      wait_for([&] { return round_ != seen; }, wake_);
       seen = round_;
       if (!enter()) continue;
       if (seat < seats_) take(seat);
-      if (--inside_ != CLOSED) continue;
-      std::lock_guard<std::mutex> lock(mutex_);
-      done_.notify_one();
+      if (--inside_ == CLOSED) tell(done_);
     }
+  }
+
+  // Waits until ready() is true: looks for about ten microseconds, which is what lies between the
+  // steps of one kernel, or a millisecond while there are busy callers, and then sleeps until told.
+  template <class Ready>
+  void wait_for(const Ready& ready, std::condition_variable& changed) {
+    for (int i = 0; i < (busy_callers > 0 ? 20000 : 500); i++) {
+      if (ready()) return;
+      pause();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_++;  // before it looks again: see tell()
+    changed.wait(lock, ready);
+    asleep_--;
+  }
+
+  // Something has changed. Who is not counted as asleep by now will see it.
+  void tell(std::condition_variable& changed) {
+    if (asleep_ == 0) return;
+    { std::lock_guard<std::mutex> lock(mutex_); }
+    changed.notify_all();
   }
 
   // Whether there is still something to do, which stays as it is until all that entered have left.
@@ -100,6 +106,7 @@ class Pool {
   std::vector<std::thread> workers_;
   std::deque<Share> shares_;  // of each seat
   std::atomic<uint64_t> round_{0};
+  std::atomic<int> asleep_{0};
   static constexpr int CLOSED = 1 << 30;
   std::atomic<int> inside_{CLOSED};  // workers that are at it, and whether it is too late to begin
   Work work_ = nullptr;
@@ -108,21 +115,72 @@ class Pool {
 };
 
 // A child of fork() has the memory of the pool but not its threads, so it gets a pool of its own.
+// (Never destroyed: its threads may outlive static objects.)
+std::atomic<Pool*> mine{nullptr};
+
 Pool& pool() {
+  if (Pool* ready = mine) return *ready;
   static std::mutex guard;
-  static Pool* mine = nullptr;
-  static pid_t owner = 0;
   std::lock_guard<std::mutex> lock(guard);
-  if (owner != getpid()) {
-    mine = new Pool;  // never destroyed: its threads may outlive static objects
-    owner = getpid();
-  }
+  static const int told = pthread_atfork(nullptr, nullptr, [] { mine = nullptr; });
+  (void)told;
+  if (mine == nullptr) mine = new Pool;
   return *mine;
 }
 
+// Pieces of 256 bytes, 512, ... that a thread has given back.
+class Pieces {
+ public:
+  static constexpr int LEAST = 8, SIZES = 11, EACH = 4;
+
+  static int size_of(int64_t bytes) {
+    int size = 0;
+    while (size < SIZES && bytes > (int64_t)1 << (LEAST + size)) size++;
+    return size;
+  }
+
+  ~Pieces() {
+    for (auto& some : kept_) {
+      for (void* data : some) std::free(data);
+    }
+  }
+
+  void* take(int size) {
+    for (void*& data : kept_[size]) {
+      if (data != nullptr) return std::exchange(data, nullptr);
+    }
+    return nullptr;
+  }
+
+  bool give(int size, void* data) {
+    for (void*& place : kept_[size]) {
+      if (place == nullptr) return place = data, true;
+    }
+    return false;
+  }
+
+ private:
+  void* kept_[SIZES][EACH] = {};
+};
+
+thread_local Pieces pieces;
+
 }  // namespace
 
-void out_of_memory() { throw std::bad_alloc(); }
+void* take_memory(int64_t bytes) {
+  const int size = Pieces::size_of(bytes);
+  const bool small = size < Pieces::SIZES;
+  if (void* kept = small ? pieces.take(size) : nullptr) return kept;
+  const int64_t whole = small ? (int64_t)1 << (Pieces::LEAST + size) : (bytes + 63) / 64 * 64;
+  void* data = std::aligned_alloc(64, whole);
+  if (data == nullptr) throw std::bad_alloc();
+  return data;
+}
+
+void give_memory(void* data, int64_t bytes) {
+  const int size = Pieces::size_of(bytes);
+  if (data != nullptr && !(size < Pieces::SIZES && pieces.give(size, data))) std::free(data);
+}
 
 void stay_awake(int callers) { busy_callers += callers; }
 

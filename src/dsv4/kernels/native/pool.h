@@ -24,11 +24,15 @@ void parallel(int threads, int64_t tasks, F& each) {
 // the threads wait awake.
 void stay_awake(int callers);
 
-struct Free {
-  void operator()(void* data) const { std::free(data); }
-};
+// Memory for vectors, of at least so many bytes, and back. A thread keeps a few pieces of each size,
+// since steps of microseconds ask for the same ones again and again. Throws std::bad_alloc.
+void* take_memory(int64_t bytes);
+void give_memory(void* data, int64_t bytes);
 
-[[noreturn]] void out_of_memory();  // throws std::bad_alloc
+struct Free {
+  int64_t bytes = 0;
+  void operator()(void* data) const { give_memory(data, bytes); }
+};
 
 // An array for vectors, not set to anything.
 template <class T>
@@ -36,10 +40,8 @@ using Array = std::unique_ptr<T[], Free>;
 
 template <class T>
 Array<T> make_array(int64_t count) {
-  auto bytes = (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-  void* data = std::aligned_alloc(64, bytes > 0 ? bytes : 64);
-  if (data == nullptr) out_of_memory();
-  return Array<T>(static_cast<T*>(data));
+  const int64_t bytes = count * (int64_t)sizeof(T);
+  return Array<T>(static_cast<T*>(take_memory(bytes)), Free{bytes});
 }
 
 }  // namespace dsv4
