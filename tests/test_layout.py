@@ -31,6 +31,7 @@ tokenizer
 encoding
 completion
 model
+layers
 protocols numerics rotary
 kernels
 packing

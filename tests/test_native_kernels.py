@@ -409,6 +409,16 @@ def test_raw_rows(ratio: int, count: int, start: int) -> None:
     assert torch.equal(got[:, 3 : count + 3, :96], kv) and not got[:, :3].any()
 
 
+@pytest.mark.parametrize("types", [(BF16, BF16, BF16), (F32, BF16, BF16), (BF16, F32, F32)])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_add(types: tuple[torch.dtype, torch.dtype, torch.dtype], rows: int) -> None:
+    """Row to row, or one row to several."""
+    x = activations(3 * rows, 48, types[0]).view(3, rows, 48)
+    for y in (activations(3 * rows, 48, types[1], 2).view(3, rows, 48),
+              activations(3, 48, types[1], 3).view(3, 1, 48)):  # fmt: skip
+        assert torch.equal(native.add(x, y, types[2]), reference.add(x, y, types[2]))
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_scaled(dtype: torch.dtype) -> None:
     x = activations(7, 33, dtype)

@@ -220,8 +220,10 @@ def _experts_counted(model: Model, wanted: bool) -> Iterator[list[float]]:
 
     gates = [m for m in model.net.modules() if isinstance(m, Gate)] if wanted else []
     hooks = [gate.register_forward_hook(count) for gate in gates]
+    model.net.tapes.off = wanted  # what is on a tape passes no hook
     try:
         yield read
     finally:
+        model.net.tapes.off = False
         for hook in hooks:
             hook.remove()

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kernels, quant, rotary
+from . import kernels, rotary
 from .config import V4Config
 from .errors import ConfigError, TrainingError
 from .kernels import Rows, Stored, looking, reference
+from .layers import Embedding, Head, Linear, Norm, parameter
 from .numerics import FLOAT32, Numerics, fp4_rotated, kv_rounded
 from .packing import Packing
 from .protocols import AttentionState, Continued, ExpertSource
@@ -49,7 +50,7 @@ class Pass:
     states: Sequence[AttentionState] | None = None  # one per layer; None: no past, nothing kept
     parts: Sequence[Pass] = ()  # ids [1, N] are the new tokens of several timelines
     tapes: kernels.Tapes | None = None  # on which steps of passes of as many tokens may be
-    places: Tensor | None = None  # of one new token of each timeline: see ``looking``
+    places: Tensor | None = None  # of each token, for native attention: see ``looking``
     # training only:
     packing: Packing | None = None  # ids [1, N] are samples, each seen alone
     dense: bool = False  # CSA layers attend to all visible rows; no indexer chooses
@@ -68,14 +69,17 @@ class Pass:
         return self._rotations[key]
 
     def turn(self, compressed: bool, ratio: int = 1) -> Tensor:
-        """The rotation of each new token, ``[T, rope / 2, 2]``; with ``ratio``, of one token of
-        each timeline, that of the block that it is in."""
+        """The rotation of each new token, ``[T, rope / 2, 2]``, or of the block it is in."""
         if self.packing is not None:
             return self.rotation(compressed, 0, self.packing.longest)[self.packing.positions]
         key = (compressed, ratio)
         if key not in self.shared:
-            some = [part.rotation(compressed, part.start // ratio * ratio, part.ids.shape[1])
-                    for part in self.parts or [self]]
+            some = []
+            for part in self.parts or [self]:
+                first, count = part.start, part.ids.shape[1]
+                step = 1 if self.places is not None else count
+                for at in range(first, first + count, step):
+                    some.append(part.rotation(compressed, at // ratio * ratio, step))
             self.shared[key] = torch.cat(some) if len(some) > 1 else some[0]
         return self.shared[key]
 
@@ -86,7 +90,12 @@ class Pass:
         Results are good until the next pass; ``given`` stays as it is."""
         if self.tapes is None:
             return step(self, *given)
-        return self.tapes.run(self._key, step, partial(step, self), given)
+        return self.tapes.run(self._key, (step, given[0].shape), partial(step, self), given)
+
+    def on_tape(self, places: Tensor, shared: Sequence[Tensor]) -> Pass:
+        """Itself with these in place of its own, which change from pass to pass."""
+        given = dict(zip(self.shared, shared, strict=True))
+        return replace(self, tapes=None, places=places, shared=given)
 
     @functools.cached_property
     def _key(self) -> tuple[Numerics, int, bool]:  # of passes that do the same
@@ -123,61 +132,6 @@ class Noted:
         self.divergences: list[Tensor] = []
 
 
-# ---------------------------------------------------------------- parameters
-
-
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, device="meta"), requires_grad=False)
-
-
-class Linear(nn.Module):
-    """A weight ``[N, K]`` in its stored format, with its block scales if it has any."""
-
-    scale: Tensor | None
-
-    def __init__(self, inputs: int, outputs: int, fmt: str = "bf16") -> None:
-        super().__init__()
-        self.fmt = fmt  # "fp4", "fp8": the format it is stored in when the model is quantised
-        self.weight = _parameter(outputs, inputs)
-        self.register_parameter("scale", None)
-
-    def stored(self, nx: Numerics) -> Stored:
-        """The weight as the kernels take it."""
-        if nx.qat and self.fmt != "bf16":
-            return Stored(quant.fake_quant_weight(self.weight, self.fmt), None)
-        return Stored(self.weight, self.scale)
-
-    def rounded(self, x: Tensor, nx: Numerics) -> Tensor:
-        """``x`` as this weight's matmul reads it: FP8 in official numerics."""
-        return kernels.fp8_round(x) if nx.official and self.scale is not None else x
-
-    def forward(self, x: Tensor, nx: Numerics) -> Tensor:
-        return kernels.linear(x, *self.stored(nx), nx.dtype)
-
-
-class Norm(nn.Module):
-    """RMSNorm with a learned weight."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = _parameter(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
-
-
-class Embedding(nn.Module):
-    """A table ``[V, d]``."""
-
-    def __init__(self, vocab: int, dim: int) -> None:
-        super().__init__()
-        self.weight = _parameter(vocab, dim)
-
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return nn.functional.embedding(ids, self.weight).to(dtype)
-
-
 # ---------------------------------------------------------------- attention
 
 
@@ -192,7 +146,7 @@ class Compressor(nn.Module):
         width = dim * (1 + self.overlap)
         self.wkv = Linear(c.hidden_size, width)
         self.wgate = Linear(c.hidden_size, width)
-        self.ape = _parameter(ratio, width)
+        self.ape = parameter(ratio, width)
         self.norm = Norm(dim, c.rms_norm_eps)
 
     def project(self, x: Tensor, nx: Numerics) -> tuple[Tensor, Tensor]:
@@ -219,7 +173,7 @@ class Compressor(nn.Module):
     def each(
         self, projected: Sequence[Tensor], run: Pass, state: AttentionState
     ) -> looking.Pooled:
-        """What ``looking`` has to know to do the same for one token of each timeline."""
+        """What ``looking`` has to know to do the same."""
         kv, gate = projected
         return looking.Pooled(
             kv, gate, self.ape, self.dim, self.overlap, self.norm.weight, self.norm.eps,
@@ -288,7 +242,7 @@ class Attention(nn.Module):
         self.kv_norm = Norm(c.head_dim, c.rms_norm_eps)
         self.wo_a = Linear(heads // c.o_groups, c.o_groups * c.o_lora_rank, "fp8")
         self.wo_b = Linear(c.o_groups * c.o_lora_rank, c.hidden_size, "fp8")
-        self.attn_sink = _parameter(c.num_attention_heads)
+        self.attn_sink = parameter(c.num_attention_heads)
         self.compressor = Compressor(c, ratio, c.head_dim, rotate=False) if ratio else None
         self.indexer = Indexer(c) if ratio == 4 else None
         self.how: dict[str, Any] = {
@@ -335,7 +289,7 @@ class Attention(nn.Module):
         return out
 
     def look_each(self, tokens: Sequence[Tensor], run: Pass, layer: int) -> Tensor:
-        """``look`` for one new token of each timeline, at once."""
+        """``look`` for few tokens, of any timelines, at once."""
         q, kv, *projected = tokens
         state = (run.parts or [run])[0].state(layer)
         assert state is not None and run.places is not None
@@ -425,8 +379,8 @@ class Gate(nn.Module):
     def __init__(self, c: V4Config, hashed: bool) -> None:
         super().__init__()
         self.c = c
-        self.weight = _parameter(c.n_routed_experts, c.hidden_size)
-        self.register_parameter("bias", None if hashed else _parameter(c.n_routed_experts))
+        self.weight = parameter(c.n_routed_experts, c.hidden_size)
+        self.register_parameter("bias", None if hashed else parameter(c.n_routed_experts))
         table = None
         if hashed:
             shape = (c.vocab_size, c.num_experts_per_tok)
@@ -547,9 +501,9 @@ class Block(nn.Module):
         h = c.hc_mult
         mixes = (2 + h) * h
         for site in ("attn", "ffn"):
-            self.register_parameter(f"hc_{site}_fn", _parameter(mixes, h * c.hidden_size))
-            self.register_parameter(f"hc_{site}_base", _parameter(mixes))
-            self.register_parameter(f"hc_{site}_scale", _parameter(3))
+            self.register_parameter(f"hc_{site}_fn", parameter(mixes, h * c.hidden_size))
+            self.register_parameter(f"hc_{site}_base", parameter(mixes))
+            self.register_parameter(f"hc_{site}_scale", parameter(3))
 
     def read(self, site: str, streams: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
         """A mix of the streams, and how what is made of it is written back into all of them."""
@@ -609,22 +563,14 @@ class Block(nn.Module):
         return out
 
 
-class Head(nn.Module):
-    """The output matrix ``[V, d]``."""
-
-    def __init__(self, vocab: int, dim: int) -> None:
-        super().__init__()
-        self.weight = _parameter(vocab, dim)
-
-
 class _Collapsing(nn.Module):
     """Streams -> logits: a learned sum of the streams, the final norm, the head."""
 
     def make_collapse(self, c: V4Config) -> None:
         self.norm = Norm(c.hidden_size, c.rms_norm_eps)
-        self.hc_head_fn = _parameter(c.hc_mult, c.hc_mult * c.hidden_size)
-        self.hc_head_base = _parameter(c.hc_mult)
-        self.hc_head_scale = _parameter(1)
+        self.hc_head_fn = parameter(c.hc_mult, c.hc_mult * c.hidden_size)
+        self.hc_head_base = parameter(c.hc_mult)
+        self.hc_head_scale = parameter(1)
 
     def collapse(self, streams: Tensor, run: Pass, head: Head, targets: Tensor | None) -> Tensor:
         """Float32 logits ``[..., V]`` of ``streams [..., h, d]``, or the losses of ``targets``."""
@@ -662,14 +608,26 @@ class MTPBlock(Block, _Collapsing):
     def predict(self, streams: Tensor, run: Pass, embed: Embedding, layer: int) -> Tensor:
         """Streams ``[B, T, h, d]`` for the token after ``run.ids [B, T]``, which are the tokens
         after those that made ``streams``."""
-        nx = run.nx
         table = embed if self.emb is None else self.emb.tok_emb
-        e = self.enorm(table(run.ids, nx.dtype))
-        h = self.hnorm(streams)
-        e = self.e_proj(self.e_proj.rounded(e, nx), nx).unsqueeze(-2)
-        mixed = e + self.h_proj(self.h_proj.rounded(h, nx), nx)
-        mixed_streams: Tensor = self(mixed, run, layer)
-        return mixed_streams
+        after = table(run.ids, run.nx.dtype)
+        if run.places is None:
+            return self.mixed(streams, after, run, layer)
+        self.alongside(run)
+        return run.by_token(self._each, streams, after, run.places, *run.shared.values())[0]
+
+    def _each(
+        self, run: Pass, streams: Tensor, after: Tensor, places: Tensor, *shared: Tensor
+    ) -> tuple[Tensor]:
+        return (self.mixed(streams, after, run.on_tape(places, shared), 0),)
+
+    def mixed(self, streams: Tensor, after: Tensor, run: Pass, layer: int) -> Tensor:
+        """``predict``, of the embeddings ``[B, T, d]`` of the tokens after."""
+        nx = run.nx
+        e, h = self.enorm(after), self.hnorm(streams)
+        e = self.e_proj(self.e_proj.rounded(e, nx), nx)
+        h = self.h_proj(self.h_proj.rounded(h, nx), nx)
+        out: Tensor = self(kernels.add(h, e.unsqueeze(-2), nx.dtype), run, layer)
+        return out
 
 
 class Transformer(_Collapsing):
@@ -725,11 +683,14 @@ class Transformer(_Collapsing):
         tapes = self.tapes if few and kernels.NATIVE else None
         places = None
         if tapes is not None and self._looks_each(nx) and all(
-            len(t.ids) == 1 and all(state.begun for state in t.states) for t in timelines
+            state.begun for t in timelines for state in t.states
         ):
             places = torch.tensor([
-                [t.start, *(number for state in t.states for number in state.place())]
+                [t.start + i, *(number for place in token for number in place)]
                 for t in timelines
+                for i, token in enumerate(
+                    zip(*(s.places(len(t.ids)) for s in t.states), strict=True)
+                )
             ])  # fmt: skip
         parts = [
             Pass(self.config, nx, torch.tensor([t.ids]), t.start, t.states, tapes=tapes)
@@ -768,16 +729,15 @@ class Transformer(_Collapsing):
     def _each(
         self, run: Pass, streams: Tensor, places: Tensor, *shared: Tensor
     ) -> tuple[Tensor]:
-        """All blocks, for one new token of each timeline."""
-        given = dict(zip(run.shared, shared, strict=True))
-        run = replace(run, tapes=None, places=places, shared=given)
+        """All blocks, for few tokens."""
+        run = run.on_tape(places, shared)
         for i, layer in enumerate(self.layers):
             streams = layer(streams, run, i)
         return (streams,)
 
     def logits(self, streams: Tensor, run: Pass, targets: Tensor | None = None) -> Tensor:
         """Next-token logits ``[..., V]`` (float32) of streams; or of ``targets [N]`` the loss."""
-        if targets is not None or run.tapes is None or len(streams) != run.ids.shape[1]:
+        if targets is not None or run.tapes is None:
             return self.collapse(streams, run, self.head, targets)
         return run.by_token(self._logits, streams)[0].clone()
 
@@ -811,9 +771,12 @@ class Transformer(_Collapsing):
 
     def mtp_logits(self, mtp_streams: Tensor, run: Pass, targets: Tensor | None = None) -> Tensor:
         """As ``logits`` for the token after the next, from ``mtp_streams``."""
-        block = self._mtp
-        head = self.head if block.head is None else block.head
-        return block.collapse(mtp_streams, run, head, targets)
+        if targets is not None or run.tapes is None:
+            return self._mtp.collapse(mtp_streams, run, self._mtp.head or self.head, targets)
+        return run.by_token(self._mtp_logits, mtp_streams)[0].clone()
+
+    def _mtp_logits(self, run: Pass, streams: Tensor) -> tuple[Tensor]:
+        return (self._mtp.collapse(streams, run, self._mtp.head or self.head, None),)
 
     @property
     def _mtp(self) -> MTPBlock:

@@ -30,10 +30,10 @@ class AttentionState(Protocol):
 
     @property
     def begun(self) -> bool:
-        """Whether there has been a token, so that ``place`` can be asked."""
+        """Whether there has been a token, so that ``places`` can be asked."""
 
-    def place(self) -> Place:
-        """In place of all of the above, for one token that native kernels take care of."""
+    def places(self, count: int) -> list[Place]:
+        """In place of all of the above, for ``count`` tokens that native kernels take care of."""
 
     def table(self, which: str) -> tuple[int, int, RowFormat]:
         """Where rows begin in a block of 128 tokens, how many it has, and how they are stored."""

@@ -175,6 +175,11 @@ class Tail:
         self.begin = max(self.begin, self.end - keep)
         return Span(self._room, self.seen, self.end - self.seen)
 
+    def windows(self, count: int, keep: int) -> list[tuple[int, int]]:
+        """The same by numbers: for each of the entries the address of the window and its size."""
+        size = self.window(count, keep).length
+        return [(self.address(self.seen), size + i) for i in range(1 - count, 1)]
+
     def take_back(self, count: int) -> None:
         self.end -= count
         self._taken[0] = self.end  # nobody has these
@@ -235,16 +240,18 @@ class LayerState:
     def begun(self) -> bool:
         return bool(self._tails)
 
-    def place(self) -> Place:
-        window, at, ratio = self._tails["window"], [0, 0], self._owner.layout.ratios[self._layer]
-        window.window(1, self._keep)
-        for i, which in enumerate(("kv", "index")):
+    def places(self, count: int) -> list[Place]:
+        window, raw, ratio = self._tails["window"], [], self._owner.layout.ratios[self._layer]
+        for which in ("kv", "index"):
             tail = self._tails.get(which)
             if tail is not None:
-                self._grow(tail, 1, ratio)
-                at[i] = tail.address(tail.end - 1)
-        entries, blocks = window.end - window.seen, self._owner.addresses.data_ptr()
-        return Place(window.address(window.seen), entries, blocks, *at)
+                self._grow(tail, count, ratio)
+                raw.append(tail)
+        blocks = self._owner.addresses.data_ptr()
+        return [
+            Place(*where, blocks, *(tail.address(tail.end + i) for tail in raw))
+            for i, where in zip(range(-count, 0), window.windows(count, self._keep), strict=True)
+        ]
 
     def table(self, which: str) -> tuple[int, int, RowFormat]:
         return self._owner.layout.tables[self._layer, which]

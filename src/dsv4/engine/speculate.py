@@ -87,11 +87,9 @@ class Trail:
     def begun(self) -> bool:
         return self._window is not None
 
-    def place(self) -> Place:
+    def places(self, count: int) -> list[Place]:
         assert self._window is not None
-        self._window.window(1, self._keep)
-        first, end = self._window.seen, self._window.end
-        return Place(self._window.address(first), end - first)
+        return [Place(*where) for where in self._window.windows(count, self._keep)]
 
     def table(self, which: str) -> tuple[int, int, RowFormat]:
         raise NotImplementedError("the MTP block has no compressor")

@@ -52,8 +52,8 @@ def swiglu(
     threads: int, /,
 ) -> None: ...
 def add(
-    x: int, x_bf16: bool, y: int, y_bf16: bool, rows: int, width: int, out: int, out_bf16: bool,
-    threads: int, /,
+    x: int, x_bf16: bool, y: int, y_bf16: bool, rows: int, width: int, each: int, out: int,
+    out_bf16: bool, threads: int, /,
 ) -> None: ...
 
 def scaled(x: int, is_bf16: bool, count: int, factor: float, out: int, threads: int, /) -> None: ...

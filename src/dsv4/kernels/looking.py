@@ -1,4 +1,4 @@
-"""What looks across tokens, for one new token of each timeline, in one call.
+"""What looks across tokens, for few of them, in one call.
 
 ``model.Attention.look`` is the definition, and what runs where there are no native kernels: raw
 rows are kept and pooled, an indexer chooses, attention looks. Here it is told by numbers where a
@@ -24,7 +24,7 @@ PACKED = {None: 0, "entry": 1, "key": 2}
 
 
 class Place(NamedTuple):
-    """Where a timeline's next token finds and leaves things of one layer.
+    """Where a token finds and leaves things of one layer.
 
     ``window``: the address of the first entry that it sees, ``entries`` how many with its own;
     ``blocks``: the address of the addresses of its blocks; ``kv`` and ``keys``: addresses of the
@@ -77,10 +77,10 @@ def look_each(
     query: tuple[Tensor, Tensor, int] | None, sink: Tensor, *, ratio: int, width: int,
     scale: float,
 ) -> Tensor:
-    """Attention's outputs ``[1, N, H, D]`` of one new token of each of N timelines.
+    """Attention's outputs ``[1, N, H, D]`` of N tokens of any timelines, of each in its order.
 
     ``q [1, N, H, D]``, entries ``kv [1, N, D]``; ``places [N, 1 + 5 * layers]`` (int64): of each
-    timeline the position and the ``Place`` of every layer. ``pooled``: of attention, of the
+    token the position and the ``Place`` in every layer. ``pooled``: of attention, of the
     indexer. ``query``: the indexer's queries and weights, and how many rows are chosen of more.
     """
     from . import _native

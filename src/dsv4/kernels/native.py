@@ -157,14 +157,15 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, dtype: torch.dtype | None = N
 
 def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """See ``reference.add``."""
-    width = x.shape[-1]
-    if width % 16 or x.shape != y.shape or not _plain(x, y):
+    width, each = x.shape[-1], 1 if x.shape == y.shape else x.shape[-2]
+    alike = x.shape == y.shape or y.shape == (*x.shape[:-2], 1, width)
+    if width % 16 or not alike or not _plain(x, y):
         return reference.add(x, y, dtype)
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty_like(x, dtype=dtype)
     _native.add(
         x.data_ptr(), x.dtype == BF16, y.data_ptr(), y.dtype == BF16, x.numel() // width, width,
-        out.data_ptr(), dtype == BF16, threads(),
+        each, out.data_ptr(), dtype == BF16, threads(),
     )  # fmt: skip
     return out
 

@@ -804,7 +804,8 @@ def scaled(x: Tensor, factor: float) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x + y`` in float32 (float64 if one is), as ``dtype``."""
+    """``x + y`` in float32 (float64 if one is), as ``dtype``; ``y`` may have one row for all of
+    ``x``'s last but one dimension."""
     return (wide(x) + wide(y)).to(dtype)
 
 

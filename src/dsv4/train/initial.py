@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import V4Config
-from ..model import Embedding, Head, Norm, Transformer
+from ..layers import Embedding, Head, Norm
+from ..model import Transformer
 
 
 def init_weights(net: Transformer, seed: int = 0, std: float | None = None) -> None:

@@ -96,10 +96,10 @@ struct Rope {  // rows are [positions, heads]; the last `turned` channels are ro
   bool inverse, is_bf16;
 };
 
-struct Sum {
+struct Sum {  // a row of y for every `each` of x
   const void *x, *y;
   void* out;
-  int64_t width;
+  int64_t width, each;
   bool x_bf16, y_bf16, out_bf16;
 };
 

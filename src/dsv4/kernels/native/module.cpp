@@ -384,8 +384,8 @@ void scaled(uintptr_t x, bool is_bf16, int64_t count, float factor, uintptr_t ou
 }
 
 void add(uintptr_t x, bool x_bf16, uintptr_t y, bool y_bf16, int64_t rows, int64_t width,
-         uintptr_t out, bool out_bf16, int threads) {
-  Sum job{at<void>(x), at<void>(y), at<void>(out), width, x_bf16, y_bf16, out_bf16};
+         int64_t each, uintptr_t out, bool out_bf16, int threads) {
+  Sum job{at<void>(x), at<void>(y), at<void>(out), width, each, x_bf16, y_bf16, out_bf16};
   by_rows(current()->sum, job, rows, width, threads);
 }
 

@@ -37,8 +37,12 @@ void add(const void* const* rows, int64_t count, bool is_bf16, int64_t width, fl
 
 void sum_two(const dsv4::Sum& job, int64_t begin, int64_t end) {
   FlushSubnormals guard;
-  for (int64_t i = begin * job.width; i < end * job.width; i += LANES) {
-    put(job.out, job.out_bf16, i, get(job.x, job.x_bf16, i) + get(job.y, job.y_bf16, i));
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t x = row * job.width, y = row / job.each * job.width;
+    for (int64_t c = 0; c < job.width; c += LANES) {
+      const f32x16 sum = get(job.x, job.x_bf16, x + c) + get(job.y, job.y_bf16, y + c);
+      put(job.out, job.out_bf16, x + c, sum);
+    }
   }
 }
 
