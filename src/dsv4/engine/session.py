@@ -100,8 +100,9 @@ class Runner:
         streams = torch.cat([trail.take() for trail in trails]).unsqueeze(0)
         with pass_of(run.ids.shape[1], self._draft_size):
             streams = self._net.mtp_ahead(streams, run)[0]
-            ends = torch.tensor([len(t.ids) for t in timelines]).cumsum(0) - 1
-            return self._net.mtp_logits(streams[ends], run)
+            if len(timelines) > 1:
+                streams = streams[torch.tensor([len(t.ids) for t in timelines]).cumsum(0) - 1]
+            return self._net.mtp_logits(streams[-len(timelines) :], run)
 
 
 class Session:
