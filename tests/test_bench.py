@@ -201,6 +201,11 @@ def test_bench_speculation_shows_where_guesses_are_right() -> None:
     assert alone["accepted"] > 0.7 * alone["guessed"] > 50
 
 
+def test_bench_cache_knows_one_peer(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"llama\.cpp"):
+        bench_cache.run(folder, prompt=700, against="another")
+
+
 def test_bench_cache_computes_only_what_is_new(folder: Path) -> None:
     report = bench_cache.run(folder, prompt=700, threads=1)
     cases = {case["name"]: case for case in report["cases"]}

@@ -138,17 +138,40 @@ def test_the_page_is_written_from_receipts(tmp_path: Path) -> None:
     kernels = {"machine": machine, "commit": "abc", "shapes": "flash", "cases": [case]}
     speed = {"median": 90.4, "low": 80.0, "high": 95.0}
     row = {"machine": machine, "engines": {"dsv4": speed, "llama.cpp": {"error": "died"}}}
-    receipts = {"kernels": kernels, "peers": {"parts": {"small": {"rows": {"decode-0": row}}}}}
+    beside = {"llama.cpp": {"seconds": 23.5, "computed": 8192}}
+    again = {"name": "edited", "prompt": 8192, "computed": 4096, "seconds": 4.0, "sooner": 2.0}
+    chat = {"name": "chat", "prompt": 90000, "computed": 8502, "seconds": 8.6, "sooner": None}
+    cache = {"model": "small", "machine": machine, "settings": {"prompt": 8192},
+             "cases": [again | {"peers": beside}, chat]}  # fmt: skip
+    length = {"length": 4096, "prefill_tokens_per_s": 3274.0, "prefill_seconds": 1.25,
+              "decode_ms": 1.35, "decode_ratio": 1.0, "bytes": 17_600_000,
+              "planned_bytes": 17_600_000, "published_bytes": 1_700_000}  # fmt: skip
+    disk = {"bytes": 352e6, "write_seconds": 1.49, "read_seconds": 0.42,
+            "plain_write_seconds": 0.63, "plain_read_seconds": 0.2}  # fmt: skip
+    context = {"model": "v4-nano", "machine": machine, "lengths": [length], "disk": disk,
+               "rewind": {"tokens": 100000, "seconds": 0.78}}  # fmt: skip
+    soak = {"model": "v4-nano", "settings": {"minutes": 30.0, "users": 12}, "total": None,
+            "answers": {"known": 9, "hung up": 1}, "tokens": 99, "drift": [], "asked_again": 8,
+            "failures": [], "running": 0, "problems": ["no books"], "warm_bytes": 200_000_000,
+            "end_bytes": 202_000_000, "growth": 0.01}  # fmt: skip
+    receipts = {
+        "kernels": kernels, "peers": {"parts": {"small": {"rows": {"decode-0": row}}}},
+        "cache": cache, "context": context, "soak": soak,
+    }  # fmt: skip
     folder, page = tmp_path / "receipts", tmp_path / "page.md"
     folder.mkdir()
     for name, report in receipts.items():
         (folder / f"{name}.json").write_text(json.dumps(report))
-    page.write_text(f"before\n{bench_report.BEGIN}\nold\n{bench_report.END}\nafter\n")
+    page.write_text(f"before\n{bench_report.BEGIN}\nstale\n{bench_report.END}\nafter\n")
     written = bench_report.update(page, folder)
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
     assert "| linear | 1 | 2.000 (1.500 to 2.500) | 15.0 | 0.030 | memory | 75% |" in text
     assert "| decode-0 | 90.4 (80.0 to 95.0) | failed |" in text and "Commit abc." in text
+    assert "| edited | 8,192 | 4,096 | 4.000 | 2.0 | 23.500 (8,192) |" in text
+    assert "| chat | 90,000 | 8,502 | 8.600 |  |  |" in text
+    assert "| 4,096 | 3,274 | 1 | 1.35 | 1.00 | 17.6 | 17.6 |" in text and "0.780 s" in text
+    assert "| failures, left running, problems in the books | 0, 0, 1 |" in text
     assert all(path.is_file() for path in written)
     bench_report.update(page, folder)
     assert page.read_text() == text

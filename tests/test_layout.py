@@ -15,7 +15,8 @@ ORDER = """
 cli
 chat
 bench_peers bench_report
-bench_cache bench_context bench_engines bench_experts
+bench_cache
+bench_context bench_engines bench_experts
 bench_kernels bench_layers bench_soak bench_speculation bench_training
 bench
 peers

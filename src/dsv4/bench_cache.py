@@ -10,15 +10,15 @@ One engine in this process; each case is a request after the ones before it:
     chat         twenty turns, each of which drops the reasoning of the one before
 
 ``computed`` are the prompt's tokens that went through the model, ``seconds`` the time to the first
-token, ``sooner`` how many times sooner than cold. Where another program's seconds were recorded on
-another machine, they stand beside ours (``recorded``).
+token, ``sooner`` how many times sooner than cold. Beside ours stand ``peers`` where asked for:
+llama-server on the same weights in the same run, asked the same but for the chat.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,20 +27,14 @@ import torch
 
 from . import __version__, kernels
 from .api import Model, find_model, load
-from .bench import measure_machine
+from .bench import commit, measure_machine
 from .checkpoint import save_checkpoint
 from .engine import Engine, Generation, SamplingParams
 from .engine.disk import DiskTier
 from .errors import ConfigError
-from .synth import shape, synthesize
+from .synth import shape, small_tokenizer, synthesize
 
 Report = dict[str, Any]
-# Seconds to the first token of llama-server b11434 on the shape and prompt for which they were
-# measured: two Xeon cores, the best of its runs.
-RECORDED_SHAPE, RECORDED_PROMPT = "small", 8192
-RECORDED = {
-    "cold": 30.0, "regenerated": 0.06, "appended": 0.08, "edited": 33.7, "restarted": 34.0
-}  # fmt: skip
 ANSWER, APPENDED, TURNS = 32, 50, 20
 DISK = 8 << 30  # bytes
 
@@ -51,20 +45,27 @@ def run(
     synth: str | None = None,
     prompt: int = 8192,
     threads: int | None = None,
+    against: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> Report:
-    """Measure ``model`` (a name or a folder), or a random one of the shape ``synth``.
+    """Measure ``model`` (a name or a folder), or a random one of the shape ``synth``; ``against``
+    "llama.cpp" too, which is built the first time.
 
     Returns the receipt: ``machine``, ``settings`` and ``cases``. Raises ConfigError when the
-    context does not hold the prompt and what follows it.
+    context does not hold the prompt and what follows it, and for another peer.
     """
+    if against not in (None, "llama.cpp"):
+        raise ConfigError("--against", expected="llama.cpp", got=against)
     before = torch.get_num_threads()
     threads = threads or before
     with tempfile.TemporaryDirectory(prefix="dsv4-bench-") as scratch:
         folder = find_model(model) if synth is None else Path(scratch, synth)
         if synth is not None:
             say(f"writing a random model of shape {synth}")
-            save_checkpoint(folder, shape(synth), synthesize(shape(synth)))
+            config = shape(synth)
+            save_checkpoint(
+                folder, config, synthesize(config), extra_files=small_tokenizer(config)
+            )
         loaded = load(folder)
         room = loaded.config.max_position_embeddings - 2 * ANSWER - APPENDED
         if not 4 <= prompt <= room:
@@ -73,14 +74,14 @@ def run(
         machine = measure_machine(threads)
         torch.set_num_threads(threads)
         try:
-            cases = _cases(loaded, Path(scratch, "cache"), prompt, say)
-            if (synth, prompt) == (RECORDED_SHAPE, RECORDED_PROMPT):
-                for case in cases:
-                    case["recorded"] = RECORDED.get(case["name"])
+            cases, asked = _cases(loaded, Path(scratch, "cache"), prompt, say)
+            if against is not None:
+                _llama(folder, Path(scratch), threads, cases, asked, say)
         finally:
             torch.set_num_threads(before)
     return {
         "dsv4": __version__,
+        "commit": commit(),
         "model": synth or folder.resolve().name,
         "kernels": kernels.NATIVE,
         "machine": machine,
@@ -91,15 +92,17 @@ def run(
 
 def _cases(
     model: Model, folder: Path, length: int, say: Callable[[str], object]
-) -> list[Report]:
+) -> tuple[list[Report], dict[str, list[int]]]:
+    """The cases, and what was asked in each but the chat."""
     random, vocab = Random(0), model.config.vocab_size
     prompt = [random.randrange(vocab) for _ in range(length)]
     middle = length // 2
     edited = [*prompt[:middle], (prompt[middle] + 1) % vocab, *prompt[middle + 1 :]]
-    cases: list[Report] = []
+    cases, asked = list[Report](), dict[str, list[int]]()
 
     def case(name: str, ids: list[int]) -> list[int]:
         say(name)
+        asked[name] = ids
         generation, seconds = _ask(engine, ids)
         cached = generation.usage.cached_tokens
         found = {"name": name, "prompt": len(ids), "computed": len(ids) - cached}
@@ -115,7 +118,35 @@ def _cases(
     with _engine(model, folder) as engine:
         case("restarted", prompt)
         cases.append(_chat(engine, Random(1), vocab, max(2, length // TURNS), say))
-    return cases
+    return cases, asked
+
+
+def _llama(
+    folder: Path, scratch: Path, threads: int, cases: Sequence[Report],
+    asked: Mapping[str, Sequence[int]], say: Callable[[str], object],
+) -> None:  # fmt: skip
+    """llama-server's seconds to the first token of what was asked, by its own clock."""
+    from . import peers
+    from .bench_engines import LlamaCpp
+
+    peers.llama_server(say)
+    server = LlamaCpp(peers.weights("llama.cpp", folder, scratch, say), threads)
+    answer: list[int] = []
+    try:
+        for case in cases:
+            name = case["name"]
+            if name not in asked:
+                continue
+            say(f"{name}: llama.cpp")
+            ids = list(asked[name])
+            if name == "appended":  # to an answer of its own
+                ids = [*asked["cold"], *answer, *ids[-APPENDED:]]
+            if name == "restarted":
+                server.close()
+            answer, computed, seconds = server.first_token(ids, ANSWER)
+            case["peers"] = {"llama.cpp": {"computed": computed, "seconds": seconds}}
+    finally:
+        server.close()
 
 
 def _chat(

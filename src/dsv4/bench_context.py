@@ -28,7 +28,7 @@ import torch
 
 from . import __version__, kernels
 from .api import Model, find_model, load
-from .bench import measure_machine
+from .bench import commit, measure_machine
 from .engine.disk import DiskTier
 from .engine.session import Session
 from .errors import ConfigError
@@ -87,6 +87,7 @@ def run(
         torch.set_num_threads(before)
     return {
         "dsv4": __version__,
+        "commit": commit(),
         "model": loaded.name,
         "kernels": kernels.NATIVE,
         "machine": machine,

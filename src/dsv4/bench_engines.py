@@ -227,6 +227,15 @@ class LlamaCpp:
         self._tokens += answer["tokens"]
         return float(answer["timings"]["predicted_ms"]) / 1e3  # the first came with the prompt
 
+    def first_token(self, ids: list[int], new: int) -> tuple[list[int], int, float]:
+        """An answer of ``new`` tokens, how many of the prompt's were computed, and the seconds
+        until its first one; what the server has from before, it uses."""
+        self._serve(1, -(-(len(ids) + 1024) // 4096) * 4096)
+        answer = self._ask(ids, new, cache_prompt=True)
+        timings = answer["timings"]
+        seconds = (timings["prompt_ms"] + timings["predicted_per_token_ms"]) / 1e3
+        return answer["tokens"], int(timings["prompt_n"]), float(seconds)
+
     def users(self, prompts: list[list[int]], new: int) -> float:
         self._serve(len(prompts), EACH_USER)
         with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:

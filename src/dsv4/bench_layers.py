@@ -24,6 +24,7 @@ from .bench import Report, commit, measure_machine
 from .checkpoint import Checkpoint
 from .config import V4Config
 from .errors import ConfigError
+from .kernels import looking
 
 # What a token pays besides products, attention and the indexer.
 SMALL = ("hc_read", "hc_head", "hc_expand", "sinkhorn", "rms_norm", "route")
@@ -59,9 +60,12 @@ class Clock:
         functions = {k: f for k, f in table.items() if not isinstance(f, type)}
         for name, function in functions.items():
             setattr(kernels, name, self._timed(name, function))
+        look_each = looking.look_each
+        looking.look_each = self._timed("attention", look_each)
         try:
             yield
         finally:
+            looking.look_each = look_each
             for name, function in functions.items():
                 setattr(kernels, name, function)
             for hook in hooks:

@@ -1,7 +1,8 @@
 """``dsv4 bench report``: the tables and the roofline of docs/performance.md, out of receipts.
 
-A folder holds what the bench commands print with ``--json``: ``kernels*.json``, ``layers*.json``
-and ``peers.json`` (the receipt of ``bench peers``). The part of the page between its two marks is
+A folder holds what the bench commands print with ``--json``: ``kernels*.json``, ``layers*.json``,
+``cache*.json``, ``context*.json``, ``soak*.json`` and ``peers.json`` (the receipt of ``bench
+peers``). The part of the page between its two marks is
 written anew; nothing in it is written by hand.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import bench_context
 from .bench import Report
 from .errors import ConfigError
 
@@ -34,6 +36,11 @@ def update(page: Path, folder: Path) -> list[Path]:
         raise ConfigError("no receipts", expected="kernels.json, layers.json or peers.json",
                           got=str(folder))  # fmt: skip
     written = [page]
+    context = next((r for name, r in found.items() if name.startswith("context")), None)
+    if context is not None:
+        bench_context.plot(page.parent / "context.png", context)
+        written.append(page.parent / "context.png")
+        parts.append("![a growing context](context.png)\n")
     kernels = next((r for name, r in found.items() if name.startswith("kernels")), None)
     if kernels is not None and _plot(kernels, page.parent / "roofline.png"):
         written.append(page.parent / "roofline.png")
@@ -50,6 +57,12 @@ def _tables(name: str, report: Report) -> str:
         return _kernels(report)
     if name.startswith("layers"):
         return _layers(report)
+    if name.startswith("cache"):
+        return _cache(report)
+    if name.startswith("context"):
+        return _context(report)
+    if name.startswith("soak"):
+        return _soak(report)
     return "\n".join(_part(*item) for item in report["parts"].items()) if "parts" in report else ""
 
 
@@ -89,6 +102,63 @@ def _layers(report: Report) -> str:
     return (
         f"### Layers of V4-{report['of'].capitalize()}\n\n{_machine(report)} Layers of one kind are"
         f" taken to cost the same, and all weights to be in memory.\n\n{_table(heads, rows)}"
+    )
+
+
+def _cache(report: Report) -> str:
+    peers = list(dict.fromkeys(p for case in report["cases"] for p in case.get("peers", ())))
+    rows = []
+    for case in report["cases"]:
+        sooner = "" if case["sooner"] is None else f"{case['sooner']:.1f}"
+        row = [case["name"], f"{case['prompt']:,}", f"{case['computed']:,}",
+               f"{case['seconds']:.3f}", sooner]  # fmt: skip
+        for peer in peers:
+            found = case.get("peers", {}).get(peer)
+            row.append(f"{found['seconds']:.3f} ({found['computed']:,})" if found else "")
+        rows.append(row)
+    heads = ("", "prompt", "computed", "first token, s", "times sooner than cold",
+             *(f"{peer}, s (computed)" for peer in peers))  # fmt: skip
+    title = f"### {report['model']}: a prompt of {report['settings']['prompt']:,} tokens again"
+    return f"{title}\n\n{_machine(report)}\n\n{_table(heads, rows)}"
+
+
+def _context(report: Report) -> str:
+    rows = [
+        [f"{row['length']:,}", f"{row['prefill_tokens_per_s']:,.0f}",
+         f"{row['prefill_seconds']:,.0f}", f"{row['decode_ms']:.2f}", f"{row['decode_ratio']:.2f}",
+         f"{row['bytes'] / 1e6:,.1f}", f"{row['planned_bytes'] / 1e6:,.1f}"]
+        for row in report["lengths"]
+    ]  # fmt: skip
+    heads = ("tokens", "prefill, tok/s", "s in all", "a decoded token, ms", "times the first",
+             "state, MB", "by plan, MB")  # fmt: skip
+    disk, rewind = report["disk"], report["rewind"]
+    return (
+        f"### {report['model']}: one growing context\n\n{_machine(report)}\n\n"
+        f"{_table(heads, rows)}\n"
+        f"{disk['bytes'] / 1e6:,.0f} MB to disk in {disk['write_seconds']:.2f} s and back in"
+        f" {disk['read_seconds']:.2f} s; one plain file of that size:"
+        f" {disk['plain_write_seconds']:.2f} and {disk['plain_read_seconds']:.2f} s. Rewinding"
+        f" {rewind['tokens']:,} tokens: {rewind['seconds']:.3f} s.\n"
+    )
+
+
+def _soak(report: Report) -> str:
+    settings, total = report["settings"], report["total"] or {}
+    rows = [
+        ["answers, of which hung up on", f"{sum(report['answers'].values()):,},"
+                                         f" {report['answers'].get('hung up', 0):,}"],
+        ["tokens", f"{report['tokens']:,}"],
+        ["asked again, other answers", f"{report['asked_again']:,}, {len(report['drift'])}"],
+        ["failures, left running, problems in the books",
+         f"{len(report['failures'])}, {report['running']}, {len(report['problems'])}"],
+        ["requests in the books", f"{total.get('requests', 0):,}"],
+        ["memory after the warm-up and at the end, MB",
+         f"{report['warm_bytes'] / 1e6:.1f}, {report['end_bytes'] / 1e6:.1f}"
+         f" ({report['growth']:+.1%})"],
+    ]  # fmt: skip
+    return (
+        f"### {report['model']}: {settings['minutes']:.0f} minutes of {settings['users']} users\n\n"
+        f"{_table(('', ''), rows)}"
     )
 
 

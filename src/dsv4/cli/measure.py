@@ -410,6 +410,9 @@ def bench_cache(
         str | None, typer.Option(help="A random model of this shape instead: small or mid.")
     ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.", min=4)] = 8192,
+    against: Annotated[
+        str | None, typer.Option(help="Also llama.cpp, which is built the first time.")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -418,14 +421,15 @@ def bench_cache(
     \b
     [bold]Examples[/bold]
       dsv4 bench cache
-      dsv4 bench cache --synth small --json
+      dsv4 bench cache --synth small --against llama.cpp --json
     """
     from ..bench_cache import run
 
     if model is not None and synth is not None:
         raise ConfigError("bench measures one model", expected="MODEL or --synth", got="both")
     report = run(
-        model or "v4-nano", synth=synth, prompt=prompt, threads=threads, say=_progress
+        model or "v4-nano", synth=synth, prompt=prompt, threads=threads, against=against,
+        say=_progress,
     )
     _progress("")
     if as_json:
@@ -437,21 +441,19 @@ def bench_cache(
 
     table = Table(title=f"{report['model']}, a prompt of {prompt} tokens", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    beside = any("recorded" in case for case in report["cases"])
     for column in ("prompt", "computed", "first token, s", "sooner",
-                   *(["llama-server*"] if beside else ())):  # fmt: skip
+                   *([f"{against}, s"] if against else ())):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for case in report["cases"]:
         sooner = "" if case["sooner"] is None else f"{case['sooner']:.1f} x"
-        recorded = f"{case['recorded']:.2f}" if case.get("recorded") else ""
+        peer = case.get("peers", {}).get(against)
+        beside = f"{peer['seconds']:.3f}" if peer else ""
         table.add_row(
             case["name"], f"{case['prompt']:,}", f"{case['computed']:,}",
-            f"{case['seconds']:.3f}", sooner, *([recorded] if beside else ()),
+            f"{case['seconds']:.3f}", sooner, *([beside] if against else ()),
         )  # fmt: skip
     console = Console()
     console.print(table)
-    if beside:
-        console.print("* recorded on two Xeon cores, not in this run", highlight=False)
     console.print(_machine_line(report["machine"]), highlight=False)
 
 

@@ -208,6 +208,10 @@ def _two_digits(rng: Random, _: int) -> Document:
     return arithmetic(rng, "heldout", digits=(2, 2), turns=1, thinking=False)
 
 
+def _two_digit_sums(rng: Random, _: int) -> Document:
+    return addition(rng, "heldout", digits=2, turns=1, thinking=False)
+
+
 def _four_digits(rng: Random, _: int) -> Document:
     return addition(rng, "heldout", digits=4, turns=1, thinking=False)
 
@@ -257,6 +261,7 @@ TASKS: Mapping[str, Task] = {
     for task in (
         Task("addition_subtraction", _two_digits, check_number, "high", 160, 0.01),
         Task("addition_subtraction_no_thinking", _two_digits, check_number, "off", 32, 0.01),
+        Task("addition_2_digits_no_thinking", _two_digit_sums, check_number, "off", 32, 0.01),
         Task("addition_4_digits", _four_digits, check_number, "high", 200),
         Task("addition_4_digits_no_thinking", _four_digits, check_number, "off", 32),
         Task("word_problem", _one(word_problem), check_number, "high", 240, 0.03),

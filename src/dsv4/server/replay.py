@@ -23,7 +23,7 @@ from ..tokenizer import Tokenizer
 CAPACITY = 4_000_000  # tokens; four bytes each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One answer: tokens of its reasoning and of the rest, and what the client saw of it.
 
