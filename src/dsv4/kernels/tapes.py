@@ -9,6 +9,7 @@ goes in is copied and the tape runs. Results have the same bits, because it is t
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,14 +42,22 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        if func.is_view:  # also of what copies if it must, as reshape and contiguous
+        is_view, harmless = _nature(func)
+        made = [out] if isinstance(out, Tensor) else pytree.tree_leaves(out)
+        made = [t for t in made if isinstance(t, Tensor)]
+        if is_view:  # also of what copies if it must, as reshape and contiguous
             there = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
             made = [t for t in made if t.untyped_storage().data_ptr() not in there]
         self.kept += made
-        if (made or not func.is_view) and func.overloadpacket.__name__ not in HARMLESS:
+        if (made or not is_view) and not harmless:
             self.foreign.add(str(func))
         return out
+
+
+@functools.cache
+def _nature(func: Any) -> tuple[bool, bool]:
+    """Whether an operation gives a view, and whether it makes no numbers."""
+    return func.is_view, func.overloadpacket.__name__ in HARMLESS
 
 
 class _Step(NamedTuple):
