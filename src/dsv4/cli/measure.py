@@ -475,7 +475,7 @@ def bench_context(
 ) -> None:
     """Prefill, decode and memory as a context grows; saving, restoring and rewinding at the end.
 
-    A million tokens of v4-nano take ten (with AMX) to 22 minutes on two cores, and 1.3 GB of memory.
+    A million tokens of v4-nano take 10 (with AMX) to 22 minutes on two cores, and 1.3 GB of memory.
 
     \b
     [bold]Examples[/bold]
