@@ -116,3 +116,5 @@ def test_only_so_many_bytes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         x = activations(key, 96, F32, key)
         assert torch.equal(tapes.run(key, "name", norm_and_project, [x])[1], norm_and_project(x)[1])
         assert sum(tapes._mine.bytes.values()) <= 20_000
+        few = 4 * key * (96 + 96 + 48) <= 5_000  # what goes in and what comes out
+        assert (tapes._mine.steps[key]["name"] is not None) == few

@@ -24,7 +24,7 @@ from .threads import threads
 if TYPE_CHECKING:
     from . import _native  # only where it was built is anything recorded
 
-MOST_BYTES = 64 << 20  # of results that are kept, of a model in a thread
+MOST_BYTES = 128 << 20  # of results that are kept, of a model in a thread; a quarter for one step
 HARMLESS = {  # they make no numbers
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types",
 }
@@ -128,10 +128,12 @@ class Tapes:
             watch.foreign.add("a kernel that is not recorded")
         kept = [*buffers, *watch.kept]
         self.foreign |= watch.foreign
-        done = None if watch.foreign else _Step(tape, results, kept)
+        size = sum(t.nbytes for t in kept)
+        small = size <= MOST_BYTES // 4  # what calls for more has enough to do between calls
+        done = _Step(tape, results, kept) if small and not watch.foreign else None
         steps, sizes = self._mine.steps, self._mine.bytes
         steps[key][name] = done
-        sizes[key] = sizes.get(key, 0) + (sum(t.nbytes for t in kept) if done else 0)
+        sizes[key] = sizes.get(key, 0) + (size if done else 0)
         while sum(sizes.values()) > MOST_BYTES and len(sizes) > 1:  # the oldest goes
             oldest = next(k for k in sizes if k != key)
             del steps[oldest], sizes[oldest]
