@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -422,6 +424,19 @@ def test_a_failing_step_fails_that_request_only(engine: Engine, model: HashModel
 
     with pytest.raises(RuntimeError, match="broken kernel"):
         asyncio.run(read())
+
+
+def test_a_program_may_end_without_closing() -> None:
+    program = """
+import dsv4
+from dsv4.engine import Engine, SamplingParams
+params = SamplingParams(max_tokens=100_000, stop_token_ids=())
+tokens = iter(Engine(dsv4.load("v4-nano")).submit([3, 4, 5], params))
+print([next(tokens).id for _ in range(9)])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.count(",") == 8
 
 
 def test_close_cancels_what_is_unfinished_and_can_be_repeated(model: HashModel) -> None:

@@ -14,10 +14,12 @@ timelines are separate, and randomness is counted by position (see ``sample``).
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import secrets
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -255,6 +257,16 @@ class _Request:
             self.generation.guide.accept(token)
 
 
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that comes back from native code to an interpreter that has ended aborts."""
+    for engine in list(_open):
+        engine.close()
+
+
 class Engine:
     """Runs requests on one model; every method may be called from any thread.
 
@@ -271,7 +283,8 @@ class Engine:
                         one so far: all requests fail with EngineStuckError until it returns
     ``clock``           seconds, monotonic; injected so that tests need no waiting
 
-    Close it (or use ``with``): the worker ends and unfinished requests are "cancelled".
+    Close it (or use ``with``): the worker ends and unfinished requests are "cancelled". What is
+    open when the interpreter ends is closed then.
     """
 
     def __init__(
@@ -319,6 +332,7 @@ class Engine:
         self._watchdog = Watchdog(stuck_after, self._give_up)
         self._worker = threading.Thread(target=self._work, name="dsv4-engine", daemon=True)
         self._worker.start()
+        _open.add(self)
 
     # ------------------------------------------------------------------ for callers
 
