@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .kernels import Rows, Stored, looking, reference
 from .layers import Embedding, Head, Linear, Norm, parameter
 from .numerics import FLOAT32, Numerics, fp4_rotated, kv_rounded
 from .packing import Packing
-from .protocols import AttentionState, Continued, ExpertSource
+from .protocols import AttentionState, Continued, ExpertSource, WindowState
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Pass:
     nx: Numerics
     ids: Tensor  # [B, T]
     start: int  # position of the first new token
-    states: Sequence[AttentionState] | None = None  # one per layer; None: no past, nothing kept
+    states: Sequence[WindowState] | None = None  # one per layer; None: no past, nothing kept
     parts: Sequence[Pass] = ()  # ids [1, N] are the new tokens of several timelines
     tapes: kernels.Tapes | None = None  # on which steps of passes of as many tokens may be
     places: Tensor | None = None  # of each token, for native attention: see ``looking``
@@ -103,7 +103,7 @@ class Pass:
     def _key(self) -> tuple[Numerics, int, bool]:  # of passes that do the same
         return self.nx, self.ids.shape[1], self.longest // 4 <= self.config.index_topk
 
-    def state(self, layer: int) -> AttentionState | None:
+    def state(self, layer: int) -> WindowState | None:
         """What that layer remembers of the past."""
         return None if self.states is None else self.states[layer]
 
@@ -158,12 +158,13 @@ class Compressor(nn.Module):
         return self.wkv(x, high), self.wgate(x, high)
 
     def forward(
-        self, kv: Tensor, gate: Tensor, run: Pass, state: AttentionState | None
+        self, kv: Tensor, gate: Tensor, run: Pass, state: WindowState | None
     ) -> Rows:
         """All entries ``[B, R, dim]`` after the tokens that ``project`` made ``kv, gate`` of."""
         if state is None:
             entries = kernels.compress(kv, gate, self.ape, self.ratio, self.overlap)
             return self.finished(entries, run) if entries.shape[1] else entries.to(run.nx.dtype)
+        state = cast("AttentionState", state)  # as every layer with a compressor has it
         span = state.raw(self.which, kv, self.ratio, self.overlap)
         kernels.raw_rows(span, run.start, kv, gate, self.ape)
         new = state.blocks(self.which, self.ratio)
@@ -173,13 +174,13 @@ class Compressor(nn.Module):
         return state.rows(self.which, new)
 
     def each(
-        self, projected: Sequence[Tensor], run: Pass, state: AttentionState
+        self, projected: Sequence[Tensor], run: Pass, state: WindowState
     ) -> looking.Pooled:
         """What ``looking`` has to know to do the same."""
         kv, gate = projected
         return looking.Pooled(
             kv, gate, self.ape, self.dim, self.overlap, self.norm.weight, self.norm.eps,
-            run.turn(True, self.ratio), *state.table(self.which),
+            run.turn(True, self.ratio), *cast("AttentionState", state).table(self.which),
         )
 
     def finished(self, entries: Tensor, run: Pass) -> Tensor:
@@ -317,7 +318,7 @@ class Attention(nn.Module):
         return projected
 
     def attend(
-        self, tokens: Sequence[Tensor], run: Pass, state: AttentionState | None
+        self, tokens: Sequence[Tensor], run: Pass, state: WindowState | None
     ) -> tuple[Tensor, list[Tensor]]:
         """``look`` within one timeline; and the indexer's loss ``[B, T]``."""
         q, kv, *projected = tokens
@@ -348,7 +349,7 @@ class Attention(nn.Module):
 
     def visible(
         self, q: Tensor, window: Tensor, projected: Sequence[Tensor], run: Pass,
-        state: AttentionState | None,
+        state: WindowState | None,
     ) -> tuple[Rows | None, Tensor | None, list[Tensor]]:
         """Compressed rows, which of them each token attends to (None: all before it), and the loss
         of the indexer, which alone needs ``q`` and ``window``."""

@@ -12,11 +12,24 @@ from .kernels import RowFormat, Rows, Span
 from .kernels.looking import Place
 
 
-class AttentionState(Protocol):
-    """What one attention layer remembers of one timeline; ``engine.kvstate`` implements it."""
+class WindowState(Protocol):
+    """What a layer that attends to its window alone remembers of one timeline.
+
+    ``engine.speculate`` implements it for the MTP block."""
 
     def window(self, kv: Tensor) -> Span:
         """The last ``sliding_window - 1`` entries and, behind them, room for ``kv [B, T, D]``."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether there has been a token, so that ``places`` can be asked."""
+
+    def places(self, count: int) -> list[Place]:
+        """In place of all the others, for ``count`` tokens that native kernels take care of."""
+
+
+class AttentionState(WindowState, Protocol):
+    """What any attention layer remembers of one timeline; ``engine.kvstate`` implements it."""
 
     def raw(self, which: str, kv: Tensor, ratio: int, overlap: bool) -> Span:
         """Room for ``kernels.raw_rows`` of ``kv [B, T, W]``; ``which`` is "kv" or "index"."""
@@ -28,13 +41,6 @@ class AttentionState(Protocol):
     def rows(self, which: str, new: Tensor | None) -> Rows:
         """Append compressed rows, if there are any; return all of them."""
 
-    @property
-    def begun(self) -> bool:
-        """Whether there has been a token, so that ``places`` can be asked."""
-
-    def places(self, count: int) -> list[Place]:
-        """In place of all of the above, for ``count`` tokens that native kernels take care of."""
-
     def table(self, which: str) -> tuple[int, int, RowFormat]:
         """Where rows begin in a block of 128 tokens, how many it has, and how they are stored."""
 
@@ -44,7 +50,7 @@ class Continued(NamedTuple):
 
     ids: Sequence[int]
     start: int
-    states: Sequence[AttentionState]
+    states: Sequence[WindowState]
 
 
 class ExpertSource(Protocol):

@@ -207,7 +207,7 @@ def no_block_before(kv: Tensor, ratio: int) -> Tensor:
 
 
 class LayerState:
-    """One attention layer's part; implements ``model.AttentionState``."""
+    """One attention layer's part; implements ``protocols.AttentionState``."""
 
     def __init__(self, owner: KVState, layer: int) -> None:
         self._owner: KVState = weakref.proxy(owner)  # no cycle: what is dropped is free at once

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..config import V4Config
-from ..kernels import RowFormat, Rows, Span
+from ..kernels import Span
 from ..kernels.looking import Place
 from .kvstate import Tail
 
@@ -45,7 +45,7 @@ class Trail:
     not seen yet.
 
     It is only a help for guessing, so it is not kept with the timeline: after a hit, a restart or
-    a preemption it begins anew with the streams at hand. Implements ``model.AttentionState``.
+    a preemption it begins anew with the streams at hand. Implements ``protocols.WindowState``.
     """
 
     def __init__(self, window: int) -> None:
@@ -90,18 +90,6 @@ class Trail:
     def places(self, count: int) -> list[Place]:
         assert self._window is not None
         return [Place(*where) for where in self._window.windows(count, self._keep)]
-
-    def table(self, which: str) -> tuple[int, int, RowFormat]:
-        raise NotImplementedError("the MTP block has no compressor")
-
-    def raw(self, which: str, kv: Tensor, ratio: int, overlap: bool) -> Span:
-        raise NotImplementedError("the MTP block has no compressor")
-
-    def blocks(self, which: str, ratio: int) -> Tensor | None:
-        raise NotImplementedError("the MTP block has no compressor")
-
-    def rows(self, which: str, new: Tensor | None) -> Rows:
-        raise NotImplementedError("the MTP block has no compressor")
 
 
 class Odds:
